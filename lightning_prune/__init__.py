@@ -1,0 +1,3 @@
+"""Model pruning for PyTorch Lightning."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,305 @@
+"""Call sites: "the k-th call of this function inside this module", found while tracing, changed afterwards.
+
+A forward may hold a size as a number (``x.view(-1, 16 * 5 * 5)``). The number can't be reached from outside,
+but the call can: a `TorchFunctionMode` sees it. What must change is plain data, a `SizePatch`; `install_patches`
+gives the one module an instance-level ``forward`` that rewrites it, every other module stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.errors import PruningError
+
+__all__ = [
+    "SIZED_FUNCTIONS",
+    "CallRecorder",
+    "CallSite",
+    "ModuleCall",
+    "ModuleStack",
+    "PatchedForward",
+    "SizeChecker",
+    "SizePatch",
+    "install_patches",
+    "installed_patches",
+    "remove_patches",
+    "sizes_given",
+]
+
+SIZED_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "view": (torch.Tensor.view,),
+    "reshape": (torch.Tensor.reshape, torch.reshape),
+    "expand": (torch.Tensor.expand,),
+}
+"""Functions whose integers name the sizes of the result, one per dimension."""
+
+_NAME_OF = {function: name for name, functions in SIZED_FUNCTIONS.items() for function in functions}
+
+
+@dataclass(frozen=True, order=True)
+class CallSite:
+    """The ``call``-th call (from 0) of ``function`` while the forward of the module at ``module`` runs."""
+
+    module: str
+    function: str
+    call: int
+
+
+@dataclass(frozen=True)
+class SizePatch:
+    """At ``site``, dimension ``dim`` of the result is to have ``size`` indices."""
+
+    site: CallSite
+    dim: int
+    size: int
+
+    def to_dict(self) -> dict[str, str | int]:
+        """As plain data."""
+        site = self.site
+        return {
+            "module": site.module,
+            "function": site.function,
+            "call": site.call,
+            "dim": self.dim,
+            "size": self.size,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SizePatch:
+        """From what `to_dict` gave."""
+        if data["function"] not in SIZED_FUNCTIONS:
+            raise PruningError(f"unknown function {data['function']!r}; known: {', '.join(SIZED_FUNCTIONS)}")
+        site = CallSite(data["module"], data["function"], data["call"])
+        return cls(site, data["dim"], data["size"])
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module of a model, from outside any other of its modules: what a forward needs to run again."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    repeatable: bool = True
+    """Whether its inputs come from outside the model, and so keep their shapes when the model is pruned."""
+
+
+@dataclass
+class ModuleStack:
+    """Which modules of a model are running, outermost first; keeps the calls that came from outside."""
+
+    model: nn.Module
+    on_leave: Callable[[str, Any], None] = lambda path, output: None
+    is_outside: Callable[[Any], bool] = lambda inputs: True
+    outermost: list[ModuleCall] = field(default_factory=list)
+    _running: list[tuple[str | None, dict[str, int]]] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        """Path of the innermost running module ("" for the model itself or none)."""
+        return next((path for path, _ in reversed(self._running) if path is not None), "")
+
+    def count(self, function: str) -> int | None:
+        """Count a call in every running module; its number in the innermost one (None: no module runs)."""
+        number = None
+        for path, calls in self._running:
+            if path is not None:
+                number = calls.get(function, 0)
+                calls[function] = number + 1
+        return number
+
+    @contextmanager
+    def watch(self) -> Iterator[ModuleStack]:
+        """Follow the model's module calls; ``on_leave`` hears the output of each outermost one."""
+        paths = {module: path for path, module in self.model.named_modules()}
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Lightning sends training_step through DDP by putting a plain function in forward's place for
+            # one call; such a call is not the module's own forward and can't be repeated as one.
+            path = None if isinstance(module.__dict__.get("forward"), FunctionType) else paths[module]
+            if path is not None and all(other is None for other, _ in self._running):
+                self.outermost.append(ModuleCall(path, args, kwargs, self.is_outside((args, kwargs))))
+            self._running.append((path, {}))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            path, _ = self._running.pop()
+            if path is not None and all(other is None for other, _ in self._running):
+                self.on_leave(path, output)
+
+        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in paths]
+        hooks += [module.register_forward_hook(leave, always_call=True) for module in paths]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._running.clear()
+
+
+def _name_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    name = _NAME_OF.get(function)
+    return name if name is not None and sizes_given(args, kwargs) else None
+
+
+def sizes_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The integers of a sized call: ``(x, 2, -1)``, ``(x, (2, -1))`` and ``(x, shape=(2, -1))`` alike."""
+    found: list[Any] = []
+    for item in (*args[1:], *kwargs.values()):
+        found.extend(item if isinstance(item, list | tuple) else [item])
+    return [size for size in found if isinstance(size, int | torch.SymInt)]
+
+
+def _with_sizes(
+    args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = sizes_given(args, kwargs)
+    for dim, size in sizes.items():
+        given[dim] = size
+    tensor = args[0] if args else kwargs["input"]
+    return (tensor, tuple(given)), {}
+
+
+class SizeRewriter(TorchFunctionMode):
+    """Counts sized calls and rewrites the sizes of those that have a patch."""
+
+    def __init__(self, patches: Mapping[tuple[str, int], Mapping[int, int]]) -> None:
+        super().__init__()
+        self.patches = patches
+        self.counts = dict.fromkeys(SIZED_FUNCTIONS, 0)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name_of(func, args, kwargs)
+        if name is not None:
+            number = self.counts[name]
+            self.counts[name] = number + 1
+            sizes = self.patches.get((name, number))
+            if sizes is not None:
+                args, kwargs = _with_sizes(args, kwargs, sizes)
+        return func(*args, **kwargs)
+
+
+class PatchedForward:
+    """Runs a module's own forward with some sizes rewritten.
+
+    ``module.forward`` becomes the bound method `forward` of this object: a method has ``__code__`` (non-strict
+    export wants it) and is pickled as "attribute ``forward`` of that object", a closure could not be.
+    """
+
+    def __init__(self, module: nn.Module, patches: dict[tuple[str, int], dict[int, int]]) -> None:
+        self.module = module
+        self.patches = patches
+        inner = module.__dict__.get("forward")  # an instance-level forward of the user's own
+        self.inner = None if getattr(inner, "__func__", None) is type(module).forward else inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, sizes rewritten."""
+        with SizeRewriter(self.patches):
+            if self.inner is not None:
+                return self.inner(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _patched_forward(module: nn.Module) -> PatchedForward | None:
+    owner = getattr(module.__dict__.get("forward"), "__self__", None)
+    return owner if isinstance(owner, PatchedForward) else None
+
+
+def install_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
+    """Make the calls of ``model`` follow ``patches``; a later patch of the same place replaces the earlier.
+
+    Raises:
+        PruningError: A patch names a module that the model doesn't have; nothing was installed.
+    """
+    modules = dict(model.named_modules())
+    patches = list(patches)
+    for patch in patches:
+        if patch.site.module not in modules:
+            raise PruningError(f"no module {patch.site.module!r} in {type(model).__name__}, named by {patch}")
+    for patch in patches:
+        module = modules[patch.site.module]
+        patched = _patched_forward(module)
+        if patched is None:
+            patched = PatchedForward(module, {})
+            module.forward = patched.forward
+        sizes = patched.patches.setdefault((patch.site.function, patch.site.call), {})
+        sizes[patch.dim] = patch.size
+
+
+def remove_patches(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for module in model.modules():
+        patched = _patched_forward(module)
+        if patched is not None:
+            del module.__dict__["forward"]
+            if patched.inner is not None:
+                module.forward = patched.inner
+
+
+def installed_patches(model: nn.Module) -> list[SizePatch]:
+    """The patches that ``model`` carries."""
+    found = []
+    for path, module in model.named_modules():
+        patched = _patched_forward(module)
+        if patched is not None:
+            for (function, call), sizes in patched.patches.items():
+                site = CallSite(path, function, call)
+                found += [SizePatch(site, dim, size) for dim, size in sizes.items()]
+    return found
+
+
+class SizeChecker(TorchFunctionMode):
+    """Runs sized calls with the sizes they should have and notes in ``wrong`` those that asked for others."""
+
+    def __init__(self, stack: ModuleStack, expected: Mapping[CallSite, Mapping[int, int]]) -> None:
+        super().__init__()
+        self.stack = stack
+        self.expected = expected
+        self.wrong: dict[CallSite, dict[int, int]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name_of(func, args, kwargs)
+        number = self.stack.count(name) if name is not None else None
+        if name is not None and number is not None:
+            site = CallSite(self.stack.path, name, number)
+            given = sizes_given(args, kwargs)
+            expected = self.expected.get(site, {})
+            wrong = {dim: size for dim, size in expected.items() if given[dim] not in (-1, size)}
+            if wrong:
+                self.wrong.setdefault(site, {}).update(wrong)
+                args, kwargs = _with_sizes(args, kwargs, wrong)
+        return func(*args, **kwargs)
+
+
+class CallRecorder(TorchFunctionMode):
+    """Tells ``listener`` of each sized call and its result."""
+
+    def __init__(self, stack: ModuleStack, listener: Callable[[CallSite | None, list[Any], Tensor], None]) -> None:
+        super().__init__()
+        self.stack = stack
+        self.listener = listener
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name_of(func, args, kwargs)
+        number = self.stack.count(name) if name is not None else None
+        result = func(*args, **kwargs)
+        if name is not None:
+            site = None if number is None else CallSite(self.stack.path, name, number)
+            self.listener(site, sizes_given(args, kwargs), result)
+        return result

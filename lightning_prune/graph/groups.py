@@ -1,0 +1,341 @@
+"""Groups: which slices of which parameters live and die together, drawn from a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import PruningError
+from lightning_prune.graph.callsites import CallSite, ModuleCall
+from lightning_prune.graph.labels import Solution
+from lightning_prune.graph.run import as_calls, traced
+from lightning_prune.graph.trace import Leaf, Trace
+
+__all__ = ["Group", "Groups", "Slice", "draw_groups", "find_groups"]
+
+NO_UNIT = -1
+
+Role = Literal["makes", "reads", "follows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The indices of one dimension of one parameter or buffer that belong to a group's neurons.
+
+    Attributes:
+        name: Name of the parameter or buffer in the model.
+        dim: The dimension.
+        index: Shape (neurons, k): row i holds the k indices along ``dim`` that go with neuron i.
+        role: ``"makes"`` the neuron (a layer's output), ``"reads"`` it (a later layer's input) or ``"follows"``
+            (bias, norm, anything else of its size).
+    """
+
+    name: str
+    dim: int
+    index: Tensor
+    role: Role
+
+    def __str__(self) -> str:
+        times = f" x{self.index.size(1)}" if self.index.size(1) > 1 else ""
+        return f"{self.name}[{self.dim}]{times}"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Neurons (channels, features) of a kind: each owns the same slices, at its own indices.
+
+    Attributes:
+        size: Number of neurons.
+        slices: What belongs to them.
+        frozen: Why none of them can go, or None.
+        mixing: The operations that read several of them together; empty if removal equals masking exactly.
+    """
+
+    size: int
+    slices: tuple[Slice, ...]
+    frozen: str | None = None
+    mixing: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The layers that make the neurons (where none does: those that hold a slice)."""
+        makers = [s for s in self.slices if s.role == "makes"] or list(self.slices)
+        return " + ".join(dict.fromkeys(s.name.rpartition(".")[0] or s.name for s in makers))
+
+    @property
+    def exact(self) -> bool:
+        """Whether removing neurons gives the very outputs that setting their slices to zero gives."""
+        return self.frozen is None and not self.mixing
+
+    def __str__(self) -> str:
+        state = f"frozen: {self.frozen}" if self.frozen else "exact" if self.exact else "approximate: "
+        return f"{self.name}: {self.size} neurons, {state}{', '.join(self.mixing)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """A dimension as neurons: ``unit_of[i]`` is the number of the neuron at index i, or -1 for one that stays."""
+
+    unit_of: Tensor
+
+    def kept(self, alive: Tensor) -> Tensor:
+        """The indices that remain, given which neurons are alive (bool, one per neuron)."""
+        stays = self.unit_of == NO_UNIT
+        return (stays | alive[self.unit_of.clamp(min=0)]).nonzero().squeeze(1)
+
+    def without(self, alive: Tensor, renumber: Tensor) -> Extent:
+        """The same dimension after a removal."""
+        unit_of = self.unit_of[self.kept(alive)]
+        return Extent(torch.where(unit_of == NO_UNIT, NO_UNIT, renumber[unit_of.clamp(min=0)]))
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Sequence[Group]):
+    """All groups of a model, those that can be pruned first; prints as a table.
+
+    Neurons are numbered through all prunable groups: group ``i`` owns the numbers in ``ranges[i]``.
+    """
+
+    groups: tuple[Group, ...]
+    extents: dict[tuple[str, int], Extent]
+    shapes: dict[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    sized: dict[tuple[CallSite, int], Extent]
+    costs: tuple[tuple[int, tuple[Extent, ...]], ...]
+    calls: tuple[ModuleCall, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | Sequence[Group]:
+        return self.groups[index]
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        """The groups whose neurons can go."""
+        return tuple(group for group in self.groups if group.frozen is None)
+
+    @property
+    def frozen(self) -> tuple[Group, ...]:
+        """The groups that must stay, each with its reason."""
+        return tuple(group for group in self.groups if group.frozen is not None)
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons in all prunable groups."""
+        return sum(group.size for group in self.prunable)
+
+    @property
+    def ranges(self) -> list[range]:
+        """The numbers of each prunable group's neurons."""
+        ranges, start = [], 0
+        for group in self.prunable:
+            ranges.append(range(start, start + group.size))
+            start += group.size
+        return ranges
+
+    def kept(self, alive: Tensor) -> dict[str, dict[int, list[int]]]:
+        """Indices kept of every parameter and buffer that shrinks when only ``alive`` neurons stay."""
+        result: dict[str, dict[int, list[int]]] = {}
+        for (name, dim), extent in self.extents.items():
+            kept = extent.kept(alive)
+            if len(kept) < len(extent.unit_of):
+                result.setdefault(name, {})[dim] = kept.tolist()
+        return result
+
+    def sizes(self, alive: Tensor) -> dict[CallSite, dict[int, int]]:
+        """The size that each sized call is to ask for, per dimension, when only ``alive`` neurons stay."""
+        result: dict[CallSite, dict[int, int]] = {}
+        for (site, dim), extent in self.sized.items():
+            result.setdefault(site, {})[dim] = len(extent.kept(alive))
+        return result
+
+    def macs(self, alive: Tensor) -> float:
+        """MACs of the traced run when only ``alive`` neurons stay."""
+        return sum(
+            macs * prod(len(extent.kept(alive)) / len(extent.unit_of) for extent in factors)
+            for macs, factors in self.costs
+        )
+
+    def params(self, alive: Tensor) -> int:
+        """Elements of all traced parameters when only ``alive`` neurons stay."""
+        total = 0
+        for name in self.parameters:
+            sizes = list(self.shapes[name])
+            for dim in range(len(sizes)):
+                if (name, dim) in self.extents:
+                    sizes[dim] = len(self.extents[name, dim].kept(alive))
+            total += prod(sizes)
+        return total
+
+    def without(self, alive: Tensor) -> Groups:
+        """The groups after all but the ``alive`` neurons are gone, as a new trace would find them."""
+        renumber = torch.cumsum(alive, 0) - 1
+        extents = {key: extent.without(alive, renumber) for key, extent in self.extents.items()}
+        shapes = {
+            name: tuple(
+                len(extents[name, dim].unit_of) if (name, dim) in extents else size
+                for dim, size in enumerate(shape)
+            )
+            for name, shape in self.shapes.items()
+        }
+        prunable = []
+        start = 0
+        for group, numbers in zip(self.prunable, self.ranges, strict=True):
+            size = int(alive[numbers.start : numbers.stop].sum())
+            slices = tuple(
+                replace(s, index=_index(extents[s.name, s.dim].unit_of, start, size)) for s in group.slices
+            )
+            prunable.append(replace(group, size=size, slices=slices))
+            start += size
+        return replace(
+            self,
+            groups=(*prunable, *self.frozen),
+            extents=extents,
+            shapes=shapes,
+            sized={key: extent.without(alive, renumber) for key, extent in self.sized.items()},
+            costs=tuple(
+                (
+                    round(macs * prod(len(e.kept(alive)) / len(e.unit_of) for e in factors)),
+                    tuple(e.without(alive, renumber) for e in factors),
+                )
+                for macs, factors in self.costs
+            ),
+        )
+
+    def __str__(self) -> str:
+        rows = []
+        for group in self.prunable:
+            state = "exact" if group.exact else f"approximate: {', '.join(group.mixing)}"
+            rows.append((group.name, group.size, f"{_roles(group)} ({state})"))
+        lines = [f"{len(self.prunable)} prunable groups, {self.neurons} neurons", *_columns(rows)]
+        if self.frozen:
+            rows = [(", ".join(map(str, g.slices)), g.size, g.frozen or "") for g in self.frozen]
+            lines += [f"{len(self.frozen)} frozen", *_columns(rows)]
+        return "\n".join(lines)
+
+
+def _roles(group: Group) -> str:
+    """Who follows and who reads, by module, with the factor where one neuron owns several indices."""
+    parts = []
+    makers = {s.name.rpartition(".")[0] for s in group.slices if s.role == "makes"}
+    for role, verb in (("follows", "with"), ("reads", "read by")):
+        names: dict[str, int] = {}
+        for part in group.slices:
+            module = part.name.rpartition(".")[0] or part.name
+            if part.role == role and module not in makers:
+                names[module] = max(names.get(module, 1), part.index.size(1))
+        if names:
+            listed = [module if times == 1 else f"{module} ({times} each)" for module, times in names.items()]
+            parts.append(f"{verb} {', '.join(listed)}")
+    return "; ".join(parts)
+
+
+def _columns(rows: list[tuple[str, int, str]]) -> list[str]:
+    width = max((len(name) for name, _, _ in rows if len(name) <= 40), default=0)
+    return [f"  {name:<{width}}  {size:>5}  {text}" for name, size, text in rows]
+
+
+def _index(unit_of: Tensor, start: int, size: int) -> Tensor:
+    """Shape (size, k): where each of the units start … start+size stands; every unit stands k times."""
+    inside = ((unit_of >= start) & (unit_of < start + size)).nonzero().squeeze(1)
+    order = torch.argsort(unit_of[inside], stable=True)
+    return inside[order].view(size, -1) if size else inside.view(0, 1)
+
+
+def draw_groups(trace: Trace) -> Groups:
+    """Connected labels become groups; each index of a parameter belongs to one neuron or to none."""
+    solution = trace.book.solve()
+    made = torch.zeros(trace.book.count, dtype=torch.bool)
+    for labels in trace.book.made:
+        made[labels] = True
+
+    signatures: dict[int, list[tuple[int, int]]] = {}
+    for number, leaf in enumerate(trace.leaves):
+        components, counts = solution.root[leaf.labels].unique(return_counts=True)
+        for component, count in zip(components.tolist(), counts.tolist(), strict=True):
+            signatures.setdefault(component, []).append((number, count))
+
+    has_maker = torch.zeros(trace.book.count, dtype=torch.bool)
+    has_maker[solution.root[made]] = True
+    families: dict[Any, list[int]] = {}
+    for component in sorted(signatures):
+        reason = solution.frozen.get(component)
+        if reason is None and not has_maker[component]:
+            reason = "no layer of the traced run makes it"
+        mixing = solution.mixed.get(component, ()) if reason is None else ()
+        if reason != "":
+            families.setdefault((tuple(signatures[component]), reason, mixing), []).append(component)
+
+    unit_of_root = torch.full((trace.book.count,), NO_UNIT)
+    prunable, frozen, start = [], [], 0
+    for (signature, reason, mixing), components in families.items():
+        size = len(components)
+        members = torch.full((trace.book.count,), NO_UNIT)
+        members[components] = torch.arange(size)
+        slices = tuple(
+            _slice(trace.leaves[number], members[solution.root[trace.leaves[number].labels]], size, made)
+            for number, _ in signature
+        )
+        if reason is not None or size < 2:
+            frozen.append(Group(size, slices, reason or "the only one of its kind"))
+            continue
+        prunable.append(Group(size, slices, None, mixing))
+        unit_of_root[components] = torch.arange(start, start + size)
+        start += size
+    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root)
+
+
+def _slice(leaf: Leaf, unit_of: Tensor, size: int, made: Tensor) -> Slice:
+    role: Role = "makes" if bool(made[leaf.labels].any()) else "reads" if len(leaf.shape) > 1 else "follows"
+    return Slice(leaf.name, leaf.dim, _index(unit_of, 0, size), role)
+
+
+def _assemble(trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_of_root: Tensor) -> Groups:
+    def extent(labels: Tensor) -> Extent:
+        return Extent(unit_of_root[solution.root[labels]])
+
+    return Groups(
+        groups=groups,
+        extents={(leaf.name, leaf.dim): extent(leaf.labels) for leaf in trace.leaves},
+        shapes={leaf.name: leaf.shape for leaf in trace.leaves},
+        parameters=frozenset(leaf.name for leaf in trace.leaves if leaf.is_parameter),
+        sized={key: extent(labels) for key, labels in trace.sized.items()},
+        costs=tuple((c.macs, tuple(map(extent, c.factors))) for c in trace.contractions),
+        calls=tuple(trace.calls),
+    )
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
+    """Find which slices of which parameters of a model can only be removed together.
+
+    The model is run once on the inputs (twice, in both modes, where some parameters are used in training only);
+    its parameters, buffers, mode and the random state are afterwards what they were.
+
+    Args:
+        model: Any module; it is not changed.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of ``model``.
+
+    Raises:
+        TraceError: The model raised on the inputs.
+
+    Example:
+        >>> print(find_groups(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 4)))
+        1 prunable groups, 3 neurons
+          0      3  read by 2 (exact)
+        2 frozen
+          0.weight[1]                  4  reads a fixed input: the model's own or a constant (addmm in 0)
+          2.weight[0], 2.bias[0]      2  reaches the model's output
+    """
+    if not isinstance(model, nn.Module):
+        raise PruningError(f"model must be an nn.Module, got {type(model).__name__}")
+    return draw_groups(traced(model, as_calls(example_inputs)))

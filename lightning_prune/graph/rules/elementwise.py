@@ -1,0 +1,84 @@
+"""Operations that work index by index: pointwise arithmetic, activations, dropout, fresh tensors of a like shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prune.graph.labels import Dims
+from lightning_prune.graph.rules.table import Call, family, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.add,
+    aten._prelu_kernel,
+    aten.hardswish,
+    aten.log_sigmoid_forward,
+    aten.native_dropout,
+    aten.rrelu_with_noise,
+    aten.copy_,
+    aten.where,
+)
+def pointwise(call: Call) -> list[Dims]:
+    """Equal indices meet; a broadcast dimension takes the labels of those that have it in full.
+
+    Every operation that torch tags as pointwise comes here too.
+    """
+    inputs = list(call.tensors())
+    outs = [call.out] if isinstance(call.out, Tensor) else [o for o in call.out if isinstance(o, Tensor)]
+    rank = max((tensor.dim() for tensor in inputs), default=0)
+    result: list[Tensor | None] = []
+    for back in range(rank, 0, -1):
+        full = [t for t in inputs if t.dim() >= back and t.size(-back) > 1]
+        labels = [call.dims(tensor)[-back] for tensor in full]
+        if not labels or all(item is None for item in labels):
+            result.append(None)
+            continue
+        common = labels[0]
+        for other in labels[1:]:
+            common = call.book.unify(common, other, f"meets a dimension of fixed size ({call})")
+        result.append(common)
+    return [tuple(result) if out.dim() == rank else (None,) * out.dim() for out in outs]
+
+
+def like(call: Call) -> Dims:
+    """A fresh tensor of the first argument's shape: it shrinks with it and holds nothing of its own."""
+    return call.dims(call.args[0])
+
+
+family(
+    like,
+    aten.bernoulli,
+    aten.bernoulli_,
+    aten.empty_like,
+    aten.fill_,
+    aten.full_like,
+    aten.normal_,
+    aten.ones_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.uniform_,
+    aten.zero_,
+    aten.zeros_like,
+)
+
+
+@rule(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)
+def new_like(call: Call) -> Dims:
+    """A fresh tensor whose sizes were read from another: a size that equals the other's follows it."""
+    source = call.args[0]
+    if source.dim() != call.out.dim():
+        return (None,) * call.out.dim()
+    pairs = zip(call.dims(source), source.shape, call.out.shape, strict=True)
+    return tuple(labels if size == wanted else None for labels, size, wanted in pairs)
+
+
+@rule(
+    aten.empty, aten.zeros, aten.ones, aten.full, aten.arange, aten.rand, aten.randn, aten.scalar_tensor,
+    aten._local_scalar_dense, aten.is_same_size, aten.sym_size, aten.sym_numel,
+)  # fmt: skip
+def fresh(call: Call) -> None:
+    """Creates a tensor, or reads a number: no labels, and none are touched."""
+

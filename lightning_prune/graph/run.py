@@ -1,0 +1,105 @@
+"""Running a user's model without leaving a trace in it: inputs, mode, buffers, random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.trace import Trace, Tracer
+
+__all__ = ["as_calls", "run_calls", "traced", "undisturbed"]
+
+
+def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
+    """The one call that a user's ``example_inputs`` mean.
+
+    Args:
+        example_inputs: A tensor (the only argument), a tuple or list (positional) or a dict (keyword).
+
+    Raises:
+        PruningError: It is something else, or holds no tensor.
+    """
+    if isinstance(example_inputs, Tensor):
+        call = ModuleCall("", (example_inputs,), {})
+    elif isinstance(example_inputs, tuple | list):
+        call = ModuleCall("", tuple(example_inputs), {})
+    elif isinstance(example_inputs, Mapping):
+        call = ModuleCall("", (), dict(example_inputs))
+    else:
+        raise PruningError(
+            "example_inputs must be a tensor, a tuple of positional or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}"
+        )
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((call.args, call.kwargs))):
+        raise PruningError("example_inputs holds no tensor")
+    return (call,)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the model's mode, buffers and the random state are put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def run_calls(model: nn.Module, calls: Sequence[ModuleCall]) -> list[Any]:
+    """Run the model's calls again, in order, without gradients."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        return [modules[call.path](*call.args, **call.kwargs) for call in calls]
+
+
+def traced(model: nn.Module, calls: Sequence[ModuleCall]) -> Trace:
+    """Trace the model over ``calls`` in evaluation mode, and in training mode too where that reads more.
+
+    Raises:
+        TraceError: The model raised.
+    """
+    tracer = Tracer(model)
+    with undisturbed(model):
+        model.eval()
+        _observe(tracer, model, calls)
+        if tracer.unread:  # such as auxiliary classifiers: they run, and read channels, in training only
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()  # a batch of one has no statistics
+            costs, seen = tracer.trace.contractions[:], tracer.trace.calls[:]
+            _observe(tracer, model, calls)
+            tracer.trace.contractions, tracer.trace.calls = costs, seen
+    return tracer.trace
+
+
+def _observe(tracer: Tracer, model: nn.Module, calls: Sequence[ModuleCall]) -> None:
+    try:
+        with tracer.watch():
+            outputs = run_calls(model, calls)
+    except Exception as error:
+        mode = "training" if model.training else "evaluation"
+        shapes = [tuple(t.shape) for call in calls for t in _tensors((call.args, call.kwargs))]
+        raise TraceError(
+            f"{type(model).__name__} in {mode} mode raised {type(error).__name__} on inputs of shapes {shapes}: "
+            f"{error}\nGive example_inputs that the model accepts."
+        ) from error
+    tracer.freeze_outputs(outputs, "reaches the model's output")
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

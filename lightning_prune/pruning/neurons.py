@@ -1,0 +1,221 @@
+"""Neuron pruning without Lightning: trace, choose, remove, check."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.errors import NoEffectWarning, PruningError, SurgeryError
+from lightning_prune.graph.callsites import (
+    ModuleCall,
+    ModuleStack,
+    SizeChecker,
+    SizePatch,
+    install_patches,
+    installed_patches,
+    remove_patches,
+)
+from lightning_prune.graph.groups import Groups, find_groups
+from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.verify import compare_outputs, masked_outputs, masked_tensors
+from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
+from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.select import (
+    BUDGETS,
+    NEURON_SCOPES,
+    check_amount,
+    check_choice,
+    globs,
+    measure_dense,
+    pick,
+    select_neurons,
+)
+from lightning_prune.pruning.surgery import named_tensors, shrink
+
+__all__ = ["prune_neurons", "remove_neurons"]
+
+
+def prune_neurons(
+    model: nn.Module,
+    example_inputs: Any,
+    amount: float,
+    *,
+    of: str = "neurons",
+    criterion: str = "l1",
+    scope: str = "global",
+    round_to: int = 1,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    exact_only: bool = False,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    verify: bool = True,
+) -> Plan:
+    """Remove the least important neurons of a model, in place.
+
+    Args:
+        model: Any module.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of ``model``.
+        amount: Fraction that goes, [0, 1).
+        of: What the fraction is of: ``"neurons"``, ``"params"`` or ``"macs"``.
+        criterion: What makes a neuron important: ``"l1"``, the L1 norm of all its slices.
+        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group.
+        round_to: Groups shrink to multiples of this only.
+        include: Globs on module names: only neurons that these layers make (None: all).
+        exclude: Globs on module names: no neurons that these layers make.
+        exact_only: Leave groups alone whose removal does not equal masking exactly.
+        optimizer: The optimizer or optimizers that hold the parameters; state and param groups follow.
+        verify: Compare with the masked model, one forward of each, and roll back if they differ.
+
+    Returns:
+        What was kept.
+
+    Raises:
+        PruningError: Bad arguments, nothing prunable or a budget out of reach; the model is untouched.
+        SurgeryError: The pruned model differs where it must not; the model is as it was.
+
+    Warns:
+        NoEffectWarning: Nothing was removed.
+    """
+    amount = check_amount(amount)
+    check_choice("of", of, BUDGETS)
+    check_choice("scope", scope, NEURON_SCOPES)
+    score = get_criterion(criterion, NEURON_CRITERIA)
+    check_round_to(round_to)
+    groups = find_groups(model, example_inputs)
+    allowed = pick(groups, globs("include", include), globs("exclude", exclude), exact_only)
+    check_prunable(groups, allowed)
+    alive = select_neurons(
+        groups,
+        score(groups, named_tensors(model)),
+        allowed,
+        amount,
+        of=of,
+        scope=scope,
+        round_to=round_to,
+        dense=measure_dense(groups, allowed),
+    )
+    optimizers = (
+        () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    )
+    plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
+    if not plan:
+        warn_no_effect(f"amount={amount:g} of {int(allowed.sum())} {of} rounds to no neuron at all")
+    return plan
+
+
+def warn_no_effect(message: str) -> None:
+    """Warn that nothing was pruned."""
+    warnings.warn(message, NoEffectWarning, stacklevel=3)
+
+
+def check_round_to(round_to: Any) -> None:
+    """Raise a PruningError unless ``round_to`` is a whole number of at least 1."""
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise PruningError(f"round_to must be a whole number of at least 1, got {round_to!r}")
+
+
+def check_prunable(groups: Groups, allowed: Tensor) -> None:
+    """Raise a PruningError that names the reasons if no neuron may go."""
+    if not bool(allowed.any()):
+        raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
+
+
+def remove_neurons(
+    model: nn.Module,
+    groups: Groups,
+    alive: Tensor,
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    verify: bool = True,
+) -> Plan:
+    """Remove all neurons of ``groups`` that are not ``alive``: a transaction, checked by running the model.
+
+    Args:
+        model: The model that ``groups`` were found in.
+        groups: Its groups.
+        alive: Bool (neurons,).
+        optimizers: Those that hold its parameters.
+        verify: Compare the outputs with those of the masked model.
+
+    Raises:
+        SurgeryError: The pruned model fails or differs where it must not; everything is as it was.
+    """
+    kept = groups.kept(alive)
+    tensors = named_tensors(model)
+    shapes = {name: list(tensors[name].shape) for name in kept}
+    calls = [call for call in groups.calls if call.repeatable]
+    before = installed_patches(model)
+    touched = [
+        group
+        for group, numbers in zip(groups.prunable, groups.ranges, strict=True)
+        if not bool(alive[numbers.start : numbers.stop].all())
+    ]
+    compare = verify and all(group.exact for group in touched)
+    with undisturbed(model):
+        model.eval()
+        expected = masked_outputs(model, masked_tensors(tensors, kept), calls) if compare else []
+        undo = shrink(model, kept, optimizers)
+        try:
+            patches, actual = _patch_sizes(model, groups, alive, calls)
+            if patches and compare:
+                actual = run_calls(model, calls)
+            for call, a, b in zip(calls, expected, actual, strict=True) if compare else ():
+                if call.path == "" or _same_shapes(a, b):  # a part's output may shrink, the model's never
+                    compare_outputs(a, b)
+        except Exception as error:
+            undo()
+            remove_patches(model)
+            install_patches(model, before)
+            names = ", ".join(group.name for group in touched)
+            raise SurgeryError(f"Can't remove neurons of {names}: {error}\nThe model is as it was.") from error
+    return Plan(
+        kept={alias: kept[name] for name in kept for alias in _aliases(model, name)},
+        shapes={alias: shapes[name] for name in kept for alias in _aliases(model, name)},
+        patches=tuple(patches),
+        approximate={group.name: ", ".join(group.mixing) for group in touched if group.mixing},
+        frozen={str(part): group.frozen or "" for group in groups.frozen for part in group.slices},
+    )
+
+
+def _patch_sizes(
+    model: nn.Module, groups: Groups, alive: Tensor, calls: Sequence[ModuleCall]
+) -> tuple[list[SizePatch], list[Any]]:
+    """Find the sized calls that still ask for the old size and make them follow; also the outputs of the run.
+
+    A size that the forward computes from its input is right by itself; only running it tells.
+    """
+    sizes = groups.sizes(alive)
+    stack = ModuleStack(model)
+    checker = SizeChecker(stack, sizes)
+    with stack.watch(), checker:
+        outputs = run_calls(model, calls)
+    rerun = {call.path for call in calls}
+    patches = [
+        SizePatch(site, dim, size)
+        for site, dims in sizes.items()
+        for dim, size in dims.items()
+        if (dim in checker.wrong.get(site, ()))
+        or (size != len(groups.sized[site, dim].unit_of) and not _inside(site.module, rerun))
+    ]
+    install_patches(model, patches)
+    return patches, outputs
+
+
+def _inside(module: str, paths: Iterable[str]) -> bool:
+    return any(path == "" or module == path or module.startswith(f"{path}.") for path in paths)
+
+
+def _same_shapes(a: Any, b: Any) -> bool:
+    return [getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves(a)] == [
+        getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves(b)
+    ]
+
+
+def _aliases(model: nn.Module, name: str) -> list[str]:
+    tensors = named_tensors(model)
+    return [other for other, tensor in tensors.items() if tensor is tensors[name]]

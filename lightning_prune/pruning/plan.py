@@ -1,0 +1,107 @@
+"""Plan: the frozen record of which neurons were kept; plain data, replayable on a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.errors import PruningError
+from lightning_prune.graph.callsites import SizePatch, install_patches
+from lightning_prune.pruning.surgery import named_tensors, shrink
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a removal keeps, and what it could not touch.
+
+    Attributes:
+        kept: For every parameter and buffer that shrinks: dimension -> kept indices, ascending.
+        shapes: Shape before the removal of each of them.
+        patches: Sizes written in a forward that are rewritten at the call.
+        approximate: Pruned layers whose neurons an operation reads together -> those operations.
+        frozen: Parameter dimensions that had to stay -> why.
+    """
+
+    kept: dict[str, dict[int, list[int]]]
+    shapes: dict[str, list[int]]
+    patches: tuple[SizePatch, ...] = ()
+    approximate: dict[str, str] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: dict, list, str and int only, so JSON and ``weights_only=True`` take it."""
+        return {
+            "kept": {
+                name: {str(dim): list(index) for dim, index in dims.items()} for name, dims in self.kept.items()
+            },
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "patches": [patch.to_dict() for patch in self.patches],
+            "approximate": dict(self.approximate),
+            "frozen": dict(self.frozen),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """From what `to_dict` gave.
+
+        Raises:
+            PruningError: The data is not a plan.
+        """
+        try:
+            return cls(
+                kept={
+                    name: {int(dim): [int(i) for i in index] for dim, index in dims.items()}
+                    for name, dims in data["kept"].items()
+                },
+                shapes={name: [int(size) for size in shape] for name, shape in data["shapes"].items()},
+                patches=tuple(SizePatch.from_dict(patch) for patch in data["patches"]),
+                approximate=dict(data["approximate"]),
+                frozen=dict(data["frozen"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PruningError(f"not a plan: {type(error).__name__}: {error}") from error
+
+    def apply(self, model: nn.Module) -> None:
+        """Give a full-size model the pruned architecture; its kept weights stay, in place.
+
+        Raises:
+            PruningError: A tensor of the plan is missing or has another shape; the model is untouched.
+        """
+        tensors = named_tensors(model)
+        for name, shape in self.shapes.items():
+            if name not in tensors:
+                raise PruningError(f"the plan keeps part of {name!r}, which {type(model).__name__} doesn't have")
+            if list(tensors[name].shape) != shape:
+                raise PruningError(
+                    f"the plan expects {name!r} of shape {tuple(shape)}, got {tuple(tensors[name].shape)}"
+                )
+        undo = shrink(model, self.kept)
+        try:
+            install_patches(model, self.patches)
+        except PruningError:
+            undo()
+            raise
+
+    def then(self, later: Plan) -> Plan:
+        """The one plan that does what this and then ``later`` do."""
+        kept = {name: dict(dims) for name, dims in self.kept.items()}
+        for name, dims in later.kept.items():
+            for dim, index in dims.items():
+                before = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = index if before is None else [before[i] for i in index]
+        patches = {(patch.site, patch.dim): patch for patch in (*self.patches, *later.patches)}
+        return Plan(
+            kept=kept,
+            shapes={**later.shapes, **self.shapes},
+            patches=tuple(patches.values()),
+            approximate={**self.approximate, **later.approximate},
+            frozen=later.frozen,
+        )

@@ -1,0 +1,226 @@
+"""Selection: scores and a budget decide which neurons stay. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import PruningError
+from lightning_prune.graph.groups import Groups
+
+__all__ = [
+    "BUDGETS",
+    "NEURON_SCOPES",
+    "Dense",
+    "check_amount",
+    "check_choice",
+    "globs",
+    "matching",
+    "measure_dense",
+    "pick",
+    "select_neurons",
+]
+
+BUDGETS = ("neurons", "params", "macs")
+NEURON_SCOPES = ("global", "layer")
+
+
+def check_amount(amount: Any) -> float:
+    """An amount as a float.
+
+    Raises:
+        PruningError: It isn't a number in [0, 1).
+    """
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise PruningError(f"amount must be a fraction, a number in [0, 1), got {amount!r}")
+    if not 0 <= amount < 1:  # NaN too
+        hint = f" For {amount} % pass {amount / 100}." if 1 < amount <= 100 else ""
+        raise PruningError(f"amount must be a fraction in [0, 1), got {amount!r}.{hint}")
+    return float(amount)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a PruningError that lists the choices if ``value`` is none of them."""
+    if value not in choices:
+        raise PruningError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def globs(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Glob patterns as a tuple.
+
+    Raises:
+        PruningError: They are no strings.
+    """
+    if patterns is None:
+        return None
+    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not all(isinstance(pattern, str) for pattern in listed):
+        raise PruningError(f"{name} must be glob patterns on module names, got {patterns!r}")
+    return listed
+
+
+def matching(
+    modules: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[str]:
+    """The module names that some ``include`` pattern matches (None: all) and no ``exclude`` pattern does.
+
+    A pattern matches a module by its own name or by that of a module that contains it.
+
+    Raises:
+        PruningError: A pattern matches nothing; the message lists the names.
+    """
+
+    def hits(pattern: str) -> set[str]:
+        found = {module for module in modules if any(fnmatchcase(name, pattern) for name in _with_parents(module))}
+        if not found:
+            listed = ", ".join(modules[:20]) + (", …" if len(modules) > 20 else "")
+            raise PruningError(f"the pattern {pattern!r} matches no module that can be pruned; there are: {listed}")
+        return found
+
+    chosen = set(modules) if include is None else set[str]().union(*map(hits, include))
+    return chosen.difference(*map(hits, exclude or ()))
+
+
+def _with_parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def pick(groups: Groups, include: Sequence[str] | None, exclude: Sequence[str] | None, exact_only: bool) -> Tensor:
+    """Which neurons may go (bool, one per neuron): a group may if all layers that make it were chosen.
+
+    Raises:
+        PruningError: A pattern matches nothing.
+    """
+    names = [_makers(group.slices) for group in groups.prunable]
+    chosen = matching(sorted(set().union(*names)), include, exclude) if names else set()
+    allowed = torch.zeros(groups.neurons, dtype=torch.bool)
+    for group, makers, numbers in zip(groups.prunable, names, groups.ranges, strict=True):
+        if makers <= chosen and (group.exact or not exact_only):
+            allowed[numbers.start : numbers.stop] = True
+    return allowed
+
+
+def _makers(slices: Sequence[Any]) -> set[str]:
+    return {s.name.rpartition(".")[0] or s.name for s in slices if s.role == "makes"}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The whole that an amount is a fraction of: what the model was before any pruning.
+
+    Attributes:
+        neurons: Neurons that may go, in all groups.
+        params: Elements of all parameters.
+        macs: MACs of the traced run.
+        sizes: Neurons per group name.
+    """
+
+    neurons: int
+    params: int
+    macs: float
+    sizes: dict[str, int]
+
+
+def measure_dense(groups: Groups, allowed: Tensor) -> Dense:
+    """The dense whole of groups that nothing was removed from yet."""
+    alive = torch.ones(groups.neurons, dtype=torch.bool)
+    sizes = {group.name: group.size for group in groups.prunable}
+    return Dense(int(allowed.sum()), groups.params(alive), groups.macs(alive), sizes)
+
+
+def select_neurons(
+    groups: Groups,
+    scores: Tensor,
+    allowed: Tensor,
+    amount: float,
+    *,
+    of: str = "neurons",
+    scope: str = "global",
+    round_to: int = 1,
+    dense: Dense,
+) -> Tensor:
+    """Choose which neurons stay: the least important go until ``amount`` of ``dense`` is gone.
+
+    Args:
+        groups: The groups of the model as it is now.
+        scores: Shape (neurons,); higher means keep.
+        allowed: Bool (neurons,): which may go.
+        amount: Fraction of ``dense`` that is to be gone, [0, 1).
+        of: What the fraction is of: ``"neurons"`` (met to the nearest), ``"params"`` or ``"macs"`` (at or just
+            past it).
+        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group.
+        round_to: Groups shrink to multiples of this only.
+        dense: What the model was before any pruning.
+
+    Returns:
+        Bool (neurons,): which stay. Every group keeps at least ``round_to`` neurons.
+
+    Raises:
+        PruningError: The budget can't be reached; the message says what can.
+    """
+    alive = torch.ones(groups.neurons, dtype=torch.bool)
+    blocks = _blocks(groups, scores, allowed, scope, round_to, dense)
+
+    order = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.long)
+    ends = [0, *accumulate(map(len, blocks))]
+
+    def after(count: int) -> Tensor:
+        left = alive.clone()
+        left[order[: ends[count]]] = False
+        return left
+
+    if of == "neurons":
+        measure: Callable[[Tensor], float] = lambda left: int((left & allowed).sum())  # noqa: E731
+        goal: float = dense.neurons - round(amount * dense.neurons)
+    elif of == "params":
+        measure, goal = groups.params, dense.params * (1 - amount)
+    else:
+        measure, goal = groups.macs, dense.macs * (1 - amount)
+
+    low, high = 0, len(blocks)
+    if measure(after(high)) > goal + 1e-9 * abs(goal):
+        whole = {"neurons": dense.neurons, "params": dense.params, "macs": dense.macs}[of]
+        reachable = 1 - measure(after(high)) / whole if whole else 0.0
+        raise PruningError(
+            f"amount={amount:g} of the {of} can't be reached: with every group down to {round_to} neuron(s) "
+            f"{math.floor(reachable * 1e4) / 1e4:g} is gone, the rest is frozen or excluded"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if measure(after(middle)) <= goal + 1e-9 * abs(goal):
+            high = middle
+        else:
+            low = middle + 1
+    if of == "neurons" and low and goal - measure(after(low)) > measure(after(low - 1)) - goal:
+        low -= 1  # with blocks the nearer side counts
+    return after(low)
+
+
+def _blocks(
+    groups: Groups, scores: Tensor, allowed: Tensor, scope: str, round_to: int, dense: Dense
+) -> list[Tensor]:
+    """Neurons that go at once, in the order in which they go."""
+    keyed: list[tuple[float, int, Tensor]] = []
+    for group, numbers in zip(groups.prunable, groups.ranges, strict=True):
+        if not bool(allowed[numbers.start]):
+            continue
+        order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
+        whole = dense.sizes.get(group.name, group.size)
+        first = group.size % round_to or round_to
+        ends = range(first, group.size - round_to + 1, round_to)
+        for start, end in zip((0, *ends), ends, strict=False):
+            block = order[start:end]
+            if scope == "layer":
+                key = (whole - group.size + (start + end) / 2) / whole
+            else:
+                key = float(scores[block].mean())
+            keyed.append((key, len(keyed), block))
+    return [block for _, _, block in sorted(keyed, key=lambda item: item[:2])]

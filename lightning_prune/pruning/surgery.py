@@ -1,0 +1,170 @@
+"""Surgery: change the shapes of a model's tensors and of everything that follows them; can be undone.
+
+No tensor is written to: every one that shrinks is replaced by a new one, so undoing is putting the old
+ones back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.errors import PruningError
+
+__all__ = ["Kept", "Undo", "named_tensors", "shrink", "take"]
+
+Kept = Mapping[str, Mapping[int, Sequence[int]]]
+Undo = Callable[[], None]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each name of a shared one."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def take(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+    """A new contiguous tensor with only some indices along some dimensions."""
+    result = tensor.detach()
+    for dim, index in dims.items():
+        result = result.index_select(dim, torch.as_tensor(index, device=tensor.device))
+    return result.contiguous()
+
+
+def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> Undo:
+    """Keep only some indices of a model's parameters and buffers.
+
+    Shared parameters stay shared, gradients and optimizer state shrink alike, the size attributes of torch's
+    layers (``in_features``, ``num_features``, ``groups``, …) tell the truth afterwards.
+
+    Args:
+        model: The model.
+        kept: Name of a parameter or buffer -> dimension -> indices to keep.
+        optimizers: Those that hold its parameters.
+
+    Returns:
+        A function that puts everything back as it was.
+
+    Raises:
+        PruningError: A name or an index does not exist; nothing was changed.
+    """
+    tensors = named_tensors(model)
+    replaced: dict[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]] = {}
+    for name, dims in kept.items():
+        if name not in tensors:
+            raise PruningError(f"{type(model).__name__} has no parameter or buffer {name!r}")
+        old = tensors[name]
+        for dim, index in dims.items():
+            if len(index) == 0 or not 0 <= min(index) <= max(index) < old.size(dim):
+                raise PruningError(f"{name!r} of shape {tuple(old.shape)} has no such indices in dim {dim}: {index}")
+        replaced[id(old)] = (old, _shrunk(old, dims), dims)
+
+    undo: list[Undo] = []
+    for module in model.modules():
+        before = dict(module.__dict__)
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in registry.items():
+                if tensor is not None and id(tensor) in replaced:
+                    undo.append(_setter(registry, key, tensor))
+                    registry[key] = replaced[id(tensor)][1]  # type: ignore[assignment]
+        for attribute, value in _sizes(module, before).items():
+            if before.get(attribute) != value:
+                undo.append(_setter(module.__dict__, attribute, before[attribute]))
+                module.__dict__[attribute] = value
+    for optimizer in optimizers:
+        undo.append(_follow(optimizer, replaced))
+
+    def undo_all() -> None:
+        for step in reversed(undo):
+            step()
+
+    return undo_all
+
+
+def _setter(target: Any, key: str, value: Any) -> Undo:
+    def put_back() -> None:
+        target[key] = value
+
+    return put_back
+
+
+def _shrunk(old: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+    data = take(old, dims)
+    if not isinstance(old, nn.Parameter):
+        return data
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = take(old.grad, dims)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the size attributes of torch's own layers must be, given the shapes of their tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return {"in_features": weight.size(1), "out_features": weight.size(0)}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        depthwise = before["groups"] > 1 and weight.size(1) == 1
+        groups = weight.size(0) if depthwise and not module.transposed else module.groups
+        first, second = weight.size(0), weight.size(1) * groups
+        if module.transposed:
+            first, second = weight.size(1) * groups, weight.size(0)
+        return {"out_channels": first, "in_channels": second, "groups": groups}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        holder = next((t for t in (weight, module.running_mean) if t is not None), None)
+        return {} if holder is None else {"num_features": holder.numel()}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight.numel()}
+    return {}
+
+
+def _follow(
+    optimizer: Optimizer, replaced: Mapping[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]
+) -> Undo:
+    """Make an optimizer hold the new parameters, with the state of what was kept."""
+    lists = [(group, list(group["params"])) for group in optimizer.param_groups]
+    states: list[tuple[Tensor, Tensor, Any]] = []
+    for group, parameters in lists:
+        group["params"] = [replaced[id(p)][1] if id(p) in replaced else p for p in parameters]
+        for old in parameters:
+            if id(old) in replaced and old in optimizer.state:
+                new, dims = replaced[id(old)][1:]
+                states.append((old, new, optimizer.state.pop(old)))
+                optimizer.state[new] = _shrunk_state(states[-1][2], old, dims, type(optimizer).__name__)
+
+    def put_back() -> None:
+        for group, parameters in lists:
+            group["params"] = parameters
+        for old, new, state in states:
+            del optimizer.state[new]
+            optimizer.state[old] = state
+
+    return put_back
+
+
+def _shrunk_state(
+    state: Mapping[str, Any], old: Tensor, dims: Mapping[int, Sequence[int]], optimizer: str
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == old.shape:
+            result[key] = take(value, dims)
+        elif not isinstance(value, Tensor | list | tuple | dict) or (isinstance(value, Tensor) and value.dim() == 0):
+            result[key] = value
+        else:
+            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            warnings.warn(
+                f"{optimizer} keeps {key!r}{shape} for a parameter of shape {tuple(old.shape)}: it can't follow "
+                "the removal, so the optimizer state of this parameter starts anew",
+                stacklevel=2,
+            )
+            return {}
+    return result
