@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["Kept", "Undo", "named_tensors", "shrink", "take"]
+__all__ = ["Kept", "Undo", "enlarge", "named_tensors", "shrink", "take"]
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 Undo = Callable[[], None]
@@ -168,3 +168,25 @@ def _shrunk_state(
             )
             return {}
     return result
+
+
+def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give tensors of a pruned model their old shapes back, filled up with zeros; the values' places are lost.
+
+    For measuring what the model was before: its cost depends on shapes alone.
+    """
+    tensors = named_tensors(model)
+    larger: dict[int, Tensor] = {}
+    for name, shape in shapes.items():
+        old = tensors[name]
+        if id(old) not in larger:
+            data = old.new_zeros(tuple(shape))
+            data[tuple(slice(size) for size in old.shape)] = old.detach()
+            larger[id(old)] = nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
+    for module in model.modules():
+        before = dict(module.__dict__)
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in registry.items():
+                if tensor is not None and id(tensor) in larger:
+                    registry[key] = larger[id(tensor)]  # type: ignore[assignment]
+        module.__dict__.update(_sizes(module, before))

@@ -1,0 +1,237 @@
+"""What all pruning callbacks share: when to act, watching the first batch, logging, the report."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_prune._lightning import accept_both_lightnings
+from lightning_prune.callbacks._clock import Clock, check_every, check_window
+from lightning_prune.errors import NoEffectWarning, PruningError
+from lightning_prune.graph.callsites import ModuleCall, ModuleStack
+from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.schedules import get_schedule
+from lightning_prune.pruning.select import check_amount, globs
+from lightning_prune.report.cost import Cost, cost_of_calls
+from lightning_prune.report.report import Report, build_report
+from lightning_prune.report.run import first_of
+
+__all__ = ["ConfigurationError", "PruningCallback", "pruning_callbacks"]
+
+
+class ConfigurationError(PruningError, MisconfigurationException):
+    """A callback can't work in this Trainer; raised before the model is touched."""
+
+
+def pruning_callbacks(trainer: Any) -> list[PruningCallback]:
+    """Our callbacks among the Trainer's, in order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
+
+
+class PruningCallback(Callback):
+    """Acts at the end of an epoch's last training batch, before validation.
+
+    So the metric that ModelCheckpoint monitors is that of the very weights it saves. Subclasses say what to do
+    in `_prune`. Constructor arguments are configuration and never change; what a run produces ends in ``_``.
+
+    Attributes:
+        amount_: Fraction that the schedule has asked for so far.
+        report_: Dense against pruned, after ``fit`` (on rank 0; None before).
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        accept_both_lightnings(PruningCallback, "Callback")
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        amount: float,
+        schedule: str,
+        start: float | int,
+        end: float | int,
+        every: int | str,
+        include: str | list[str] | None,
+        exclude: str | list[str] | None,
+        report: bool,
+        monitor: str,
+    ) -> None:
+        check_amount(amount)
+        get_schedule(schedule)
+        check_window(start, end)
+        check_every(every)
+        globs("include", include)
+        globs("exclude", exclude)
+        self.amount = amount
+        self.schedule = schedule
+        self.start = start
+        self.end = end
+        self.every = every
+        self.include = include
+        self.exclude = exclude
+        self.report = report
+        self.monitor = monitor
+        self.amount_ = 0.0
+        self.report_: Report | None = None
+        self._clock: Clock | None = None
+        self._watching = ExitStack()
+        self._calls: tuple[ModuleCall, ...] = ()
+        self._cost: Cost | None = None
+        self._dense_metric: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes callbacks of one class by what they prune; two that prune the same are refused."""
+        return self._generate_state_key(amount=self.amount, include=self.include, exclude=self.exclude)
+
+    # -- what a subclass does -------------------------------------------------------------------------------
+
+    def _start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the model and prepare, before training and before anything is changed."""
+
+    def _watch(self, pl_module: Any) -> Any:
+        """A context manager that observes the first training batch."""
+        return self._stack.watch()
+
+    def _watched(self, trainer: Any, pl_module: Any) -> tuple[ModuleCall, ...]:
+        """What the first batch told; its module calls."""
+        return tuple(self._stack.outermost)
+
+    def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
+        """Prune until ``amount`` of the dense whole is gone."""
+        raise NotImplementedError
+
+    def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
+        """Another callback has removed neurons: follow the new shapes."""
+        self._cost = None
+
+    def _plan(self) -> Plan:
+        """What has been removed so far."""
+        return Plan({}, {})
+
+    # -- when -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what can be seen to be impossible before anything is set up."""
+        if stage == "fit":
+            if trainer.max_epochs == -1 and trainer.max_steps == -1:
+                self._resolve(trainer)
+            twins = [c for c in trainer.callbacks if type(c) is type(self)]
+            if any(twins.count(c) > 1 for c in twins):
+                raise ConfigurationError(f"the same {type(self).__name__} is in the Trainer's callbacks twice")
+
+    def _resolve(self, trainer: Any) -> None:
+        try:
+            self._clock = Clock.of(trainer, self.start, self.end)
+        except PruningError as error:
+            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the model; nothing is changed yet."""
+        self.report_ = None
+        self._cost = None
+        self._dense_metric = None
+        self._start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Place the schedule in the training, now that its length is known."""
+        self._resolve(trainer)
+        self._calls = ()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Observe the first batch: what runs, on which inputs."""
+        if not self._calls:
+            self._stack = ModuleStack(pl_module)
+            self._watching.enter_context(self._watch(pl_module))
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """The first batch's forward is over."""
+        self._end_watch(trainer, pl_module)
+
+    def _end_watch(self, trainer: Any, pl_module: Any) -> None:
+        if not self._calls and hasattr(self, "_stack"):
+            self._watching.close()
+            self._calls = self._watched(trainer, pl_module)
+            del self._stack
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Prune where the schedule says so: after the optimizer step, before validation."""
+        self._end_watch(trainer, pl_module)
+        assert self._clock is not None
+        last = trainer.is_last_batch
+        final = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        epochs: float = trainer.current_epoch + 1
+        if not last:
+            epochs = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+        if self.every == "epoch":
+            due = last or final
+        else:
+            accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last
+            due = final or last or (not accumulating and trainer.global_step % int(self.every) == 0)
+        if due:
+            progress = self._clock.progress(epochs, trainer.global_step)
+            amount = self.amount * get_schedule(self.schedule)(progress)
+            # A schedule never takes anything back: a second fit starts where the first one stopped.
+            self.amount_ = max(self.amount_, amount)
+            if self.amount_ > 0:
+                self._prune(trainer, pl_module, self.amount_)
+        if (last or final) and self._speaks(trainer):
+            self._log(pl_module)
+
+    def _speaks(self, trainer: Any) -> bool:
+        """Of several pruning callbacks the last one logs and reports."""
+        return pruning_callbacks(trainer)[-1] is self
+
+    def _log(self, pl_module: Any) -> None:
+        cost = self._current_cost(pl_module)
+        nonzero = sum(int(p.count_nonzero()) for p in pl_module.parameters())
+        values = {"sparsity": 1 - nonzero / cost.params, "params": float(cost.params), "macs": float(cost.macs)}
+        pl_module.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def _current_cost(self, pl_module: Any) -> Cost:
+        if self._cost is None:
+            self._cost = cost_of_calls(pl_module, first_of(self._calls))
+        return self._cost
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Remember the metric of the model while it is still whole."""
+        whole = all(callback.amount_ == 0 for callback in pruning_callbacks(trainer))
+        if whole and not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
+            self._dense_metric = float(trainer.callback_metrics[self.monitor])
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say where the schedule ended, and what was gained."""
+        if self.amount and self.amount_ < self.amount:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended before the schedule did (end={self.end!r}): "
+                f"{self.amount_:.3g} of amount={self.amount:g} was asked for so far",
+                category=NoEffectWarning,
+            )
+        if self.report and trainer.is_global_zero and self._speaks(trainer):
+            plan = Plan({}, {})
+            for callback in pruning_callbacks(trainer):
+                plan = plan.then(callback._plan())
+            metric = trainer.callback_metrics.get(self.monitor)
+            report = build_report(
+                pl_module,
+                plan,
+                self._calls,
+                metric=self.monitor,
+                dense_value=self._dense_metric,
+                pruned_value=None if metric is None else float(metric),
+            )
+            for callback in pruning_callbacks(trainer):
+                callback.report_ = report
+            rank_zero_info(f"\n{report}")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing of ours in the model."""
+        self._watching.close()
+        self._calls = ()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing of ours in the model."""
+        self._watching.close()

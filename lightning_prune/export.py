@@ -1,0 +1,143 @@
+"""Saving and loading pruned models as safetensors: no pickled classes, sparse tensors stored compactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_prune.errors import PruningError
+from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches
+from lightning_prune.pruning.surgery import named_tensors, shrink
+
+__all__ = ["fit_shapes", "load_pruned", "save_pruned"]
+
+FORMAT = "1"
+_MASK, _VALUES = ".__mask__", ".__values__"
+
+
+def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Save a model's state as one safetensors file that needs no code of ours to be read where it is dense.
+
+    A tensor with so many zeros that it pays is stored as a bit per element and its non-zero values. Sizes that
+    had to be rewritten in a forward are in the file's metadata.
+
+    Args:
+        model: A pruned model, or any other.
+        path: The file; one that exists is replaced.
+    """
+    stored: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            aliases[name] = seen[id(tensor)]
+            continue
+        seen[id(tensor)] = name
+        shapes[name] = list(tensor.shape)
+        _encode(name, tensor.detach().cpu().contiguous(), stored)
+    patches = [patch.to_dict() for patch in installed_patches(model)]
+    content = {"shapes": shapes, "aliases": aliases, "patches": patches}
+    save_file(stored, path, metadata={"lightning_prune": FORMAT, "content": json.dumps(content)})
+
+
+def _encode(name: str, tensor: Tensor, stored: dict[str, Tensor]) -> None:
+    """Store a tensor as it is, or as bits and non-zero values where that is smaller. Bit-exact: -0.0 is kept."""
+    flat = tensor.flatten()
+    nonzero = (flat != 0) | torch.signbit(flat) if flat.is_floating_point() else flat != 0
+    compact = int(nonzero.sum()) * tensor.element_size() + (flat.numel() + 7) // 8
+    if not tensor.is_floating_point() or compact >= flat.numel() * tensor.element_size():
+        stored[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        return
+    padded = torch.nn.functional.pad(nonzero, (0, -flat.numel() % 8)).view(-1, 8)
+    stored[name + _MASK] = (padded * (1 << torch.arange(8))).sum(1).to(torch.uint8)
+    stored[name + _VALUES] = flat[nonzero]
+
+
+def _decode(name: str, shape: list[int], stored: Mapping[str, Tensor]) -> Tensor:
+    if name in stored:
+        return stored[name].view(shape)
+    bits, values = stored[name + _MASK], stored[name + _VALUES]
+    numel = int(torch.Size(shape).numel())
+    nonzero = (bits.unsqueeze(1) & (1 << torch.arange(8)).to(torch.uint8)).ne(0).flatten()[:numel]
+    tensor = torch.zeros(numel, dtype=values.dtype)
+    tensor[nonzero] = values
+    return tensor.view(shape)
+
+
+def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
+    """Give a fresh full-size model the architecture and the state that `save_pruned` wrote.
+
+    Args:
+        path: The file.
+        model: A model of the class and constructor arguments that the saved one had before pruning. Changed in
+            place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        PruningError: The file is damaged or no file of ours, or it doesn't fit the model; ``model`` is untouched.
+    """
+    state, patches = _read(path)
+    expected = model.state_dict()
+    if set(state) != set(expected):
+        missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        raise PruningError(f"{path} doesn't fit {type(model).__name__}: it lacks {missing}, it has in excess {extra}")
+    undo = fit_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()})
+    try:
+        install_patches(model, patches)
+        model.load_state_dict(state)
+    except Exception:
+        undo()
+        raise
+    return model
+
+
+def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[SizePatch]]:
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            metadata: Any = file.metadata() or {}
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PruningError(f"{path} is no safetensors file, or it is damaged: {error}") from error
+    if metadata.get("lightning_prune") != FORMAT:
+        raise PruningError(f"{path} was not written by save_pruned")
+    try:
+        content = json.loads(metadata["content"])
+        state = {name: _decode(name, shape, stored) for name, shape in content["shapes"].items()}
+        state.update({name: state[first] for name, first in content["aliases"].items()})
+        return state, [SizePatch.from_dict(patch) for patch in content["patches"]]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Any:
+    """Shrink a model's tensors to given shapes; which values they hold doesn't matter, others will be loaded.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        PruningError: A tensor is smaller than asked for or has other dimensions; the model is untouched.
+    """
+    kept: dict[str, dict[int, range]] = {}
+    for name, tensor in named_tensors(model).items():
+        wanted = shapes.get(name)
+        if wanted is None or list(tensor.shape) == list(wanted):
+            continue
+        if len(wanted) != tensor.dim() or any(a > b for a, b in zip(wanted, tensor.shape, strict=True)):
+            raise PruningError(
+                f"{name!r} of shape {tuple(tensor.shape)} can't be pruned to {tuple(wanted)}: another architecture"
+            )
+        kept[name] = {
+            dim: range(size) for dim, size in enumerate(wanted) if size != tensor.size(dim)
+        }
+    return shrink(model, kept)

@@ -1,0 +1,134 @@
+"""The report of a run: dense against pruned, as data and as one table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.graph.callsites import ModuleCall, remove_patches
+from lightning_prune.graph.run import undisturbed
+from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.surgery import enlarge
+from lightning_prune.report.cost import cost_of_calls
+from lightning_prune.report.run import batch_size, file_size, first_of, latencies
+
+__all__ = ["Report", "Row", "build_report"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, before and after.
+
+    Attributes:
+        name: What was measured.
+        dense: Its value for the model before pruning; None where it was not measured.
+        pruned: Its value now; None where there is none.
+        unit: ``""`` for counts and fractions, else ``"B"`` or ``"s"``.
+    """
+
+    name: str
+    dense: float | None
+    pruned: float | None
+    unit: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """pruned / dense."""
+        return self.pruned / self.dense if self.dense and self.pruned is not None else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What pruning changed; prints as a table, ``report["macs"]`` is one row, `to_dict` gives plain data."""
+
+    rows: tuple[Row, ...]
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r}; the report has {', '.join(row.name for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As plain data: row name -> dense, pruned, ratio, unit."""
+        return {row.name: {**asdict(row), "ratio": row.ratio} for row in self.rows}
+
+    def __str__(self) -> str:
+        cells = [("", "dense", "pruned", "ratio")]
+        for row in self.rows:
+            ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
+            cells.append((row.name, _text(row.dense, row.unit), _text(row.pruned, row.unit), ratio))
+        widths = [max(len(line[column]) for line in cells) for column in range(4)]
+        lines = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+            )
+            for line in cells
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _text(value: float | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    if unit == "s":
+        return f"{value * 1e3:.3f} ms"
+    if unit == "B":
+        return f"{value / 1e3:,.1f} kB"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def build_report(
+    model: nn.Module,
+    plan: Plan,
+    calls: Sequence[ModuleCall],
+    *,
+    metric: str,
+    dense_value: float | None,
+    pruned_value: float | None,
+) -> Report:
+    """Measure a pruned model beside the dense one that it came from.
+
+    Sizes, MACs and latency of a dense model don't depend on its values, so the dense one is built anew from the
+    pruned one and its plan; nothing has to be kept during training.
+
+    Args:
+        model: The pruned model.
+        plan: What was removed from it.
+        calls: The module calls of a real batch.
+        metric: Name of the validation metric.
+        dense_value: Its value before pruning, if it was measured.
+        pruned_value: Its value now, if there is one; without either the row is left out.
+    """
+    dense = _dense_twin(model, plan)
+    single, whole = first_of(calls), [call for call in calls if call.repeatable]
+    with undisturbed(model):
+        costs = [cost_of_calls(each, single) for each in (dense, model)]
+        rows = [
+            Row("parameters", costs[0].params, costs[1].params),
+            Row("non-zero", costs[0].params, costs[1].nonzero),
+            Row("MACs (batch 1)", costs[0].macs, costs[1].macs),
+            Row("file size", file_size(dense), file_size(model), "B"),
+        ]
+        for size, some in ((1, single), (batch_size(calls), whole)):
+            rows.append(Row(f"latency (batch {size})", *latencies([dense, model], some), "s"))
+    if dense_value is not None or pruned_value is not None:
+        rows.append(Row(metric, dense_value, pruned_value))
+    return Report(tuple(rows))
+
+
+def _dense_twin(model: nn.Module, plan: Plan) -> nn.Module:
+    dense = copy.deepcopy(model)
+    if plan.patches:
+        remove_patches(dense)
+    enlarge(dense, plan.shapes)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            if parameter.is_floating_point():
+                parameter.masked_fill_(parameter == 0, 1e-3)  # a dense file holds no zeros
+    return dense

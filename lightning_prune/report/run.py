@@ -1,0 +1,83 @@
+"""Measuring runs: the same calls with one example, file sizes, latencies of two models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_prune.export import save_pruned
+from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.run import run_calls, undisturbed
+
+__all__ = ["batch_size", "file_size", "first_of", "latencies"]
+
+
+def batch_size(calls: Sequence[ModuleCall]) -> int:
+    """Size of the first dimension of the first input tensor; 1 where there is none."""
+    tensors = [leaf for leaf in pytree.tree_leaves([(c.args, c.kwargs) for c in calls]) if isinstance(leaf, Tensor)]
+    return next((tensor.size(0) for tensor in tensors if tensor.dim()), 1)
+
+
+def first_of(calls: Sequence[ModuleCall]) -> tuple[ModuleCall, ...]:
+    """The same calls with the first example of the batch only."""
+    size = batch_size(calls)
+
+    def narrow(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.size(0) == size
+        return leaf[:1] if batched else leaf
+
+    return tuple(
+        replace(call, args=pytree.tree_map(narrow, call.args), kwargs=pytree.tree_map(narrow, call.kwargs))
+        for call in calls
+        if call.repeatable
+    )
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the file that `save_pruned` writes."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save_pruned(model, path)
+        return path.stat().st_size
+
+
+def latencies(
+    models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, seconds: float = 1.0
+) -> list[float]:
+    """Median time of one evaluation-mode forward of each model, measured in turn so that drift hits all alike.
+
+    Args:
+        models: Models that take the same calls.
+        calls: What to run.
+        seconds: How long to measure in all.
+
+    Returns:
+        Seconds, one per model.
+    """
+    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
+    times: list[list[float]] = [[] for _ in models]
+
+    def once(model: nn.Module) -> float:
+        begin = perf_counter()
+        run_calls(model, calls)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return perf_counter() - begin
+
+    for model in models:
+        model.eval()
+        once(model)  # warm-up
+    end = perf_counter() + seconds
+    while perf_counter() < end or len(times[0]) < 3:
+        for model, taken in zip(models, times, strict=True):
+            taken.append(once(model))
+    return [median(taken) for taken in times]
