@@ -1,3 +1,33 @@
-"""Model pruning for PyTorch Lightning."""
+"""Pruning callbacks for PyTorch Lightning: masked weights, physically removed neurons, a plain nn.Module."""
+
+from lightning_prune.callbacks import NeuronPruning, WeightPruning
+from lightning_prune.errors import NoEffectWarning, PruningError, SurgeryError, TraceError
+from lightning_prune.export import load_pruned, save_pruned
+from lightning_prune.graph.groups import find_groups
+from lightning_prune.pruning.neurons import prune_neurons
+from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.weights import prune_weights
+from lightning_prune.report.cost import count_cost
+from lightning_prune.report.report import Report
+from lightning_prune.schedulers import create_lr_scheduler, preview_lr
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "NeuronPruning",
+    "NoEffectWarning",
+    "Plan",
+    "PruningError",
+    "Report",
+    "SurgeryError",
+    "TraceError",
+    "WeightPruning",
+    "count_cost",
+    "create_lr_scheduler",
+    "find_groups",
+    "load_pruned",
+    "preview_lr",
+    "prune_neurons",
+    "prune_weights",
+    "save_pruned",
+]

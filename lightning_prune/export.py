@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches
-from lightning_prune.pruning.surgery import named_tensors, shrink
+from lightning_prune.pruning.surgery import Change, named_tensors, shrink
 
 __all__ = ["fit_shapes", "load_pruned", "save_pruned"]
 
@@ -91,19 +91,19 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     if set(state) != set(expected):
         missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
         raise PruningError(f"{path} doesn't fit {type(model).__name__}: it lacks {missing}, it has in excess {extra}")
-    undo = fit_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()})
+    change = fit_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()})
     try:
         install_patches(model, patches)
         model.load_state_dict(state)
     except Exception:
-        undo()
+        change.undo()
         raise
     return model
 
 
 def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[SizePatch]]:
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -119,11 +119,11 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[SizePatch]
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Any:
+def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
     """Shrink a model's tensors to given shapes; which values they hold doesn't matter, others will be loaded.
 
     Returns:
-        A function that undoes it.
+        What was done, with ``undo()``.
 
     Raises:
         PruningError: A tensor is smaller than asked for or has other dimensions; the model is untouched.
@@ -137,7 +137,5 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Any:
             raise PruningError(
                 f"{name!r} of shape {tuple(tensor.shape)} can't be pruned to {tuple(wanted)}: another architecture"
             )
-        kept[name] = {
-            dim: range(size) for dim, size in enumerate(wanted) if size != tensor.size(dim)
-        }
+        kept[name] = {dim: range(size) for dim, size in enumerate(wanted) if size != tensor.size(dim)}
     return shrink(model, kept)

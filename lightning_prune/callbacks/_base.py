@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_prune._lightning import accept_both_lightnings
 from lightning_prune.callbacks._clock import Clock, check_every, check_window
@@ -188,7 +188,11 @@ class PruningCallback(Callback):
     def _log(self, pl_module: Any) -> None:
         cost = self._current_cost(pl_module)
         nonzero = sum(int(p.count_nonzero()) for p in pl_module.parameters())
-        values = {"sparsity": 1 - nonzero / cost.params, "params": float(cost.params), "macs": float(cost.macs)}
+        values = {
+            "sparsity": 1 - nonzero / cost.params,
+            "params": float(cost.params),
+            "macs": float(cost.macs),
+        }
         pl_module.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def _current_cost(self, pl_module: Any) -> Cost:

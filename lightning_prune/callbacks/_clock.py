@@ -74,12 +74,12 @@ class Clock:
                     f"{name}={point!r} is a fraction of training, but this training has no end (max_epochs=-1, "
                     f"max_steps=-1); give start and end as epochs, or the Trainer a max_epochs"
                 )
-            if isinstance(point, int) and point and self.max_epochs is None and self.max_steps is not None:
-                if math.isinf(self.steps_per_epoch):
-                    raise PruningError(
-                        f"{name}={point!r} is an epoch, but the Trainer has max_steps only and the data loader no "
-                        "length; give start and end as fractions"
-                    )
+            by_steps_alone = self.max_epochs is None and self.max_steps is not None
+            if isinstance(point, int) and point and by_steps_alone and math.isinf(self.steps_per_epoch):
+                raise PruningError(
+                    f"{name}={point!r} is an epoch, but the Trainer has max_steps only and the data loader no "
+                    "length; give start and end as fractions"
+                )
         start, end = self._position(self.start), self._position(self.end)
         if start >= end:
             raise PruningError(f"start must be before end, got start={self.start!r}, end={self.end!r} in {self}")

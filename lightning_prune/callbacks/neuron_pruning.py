@@ -194,9 +194,7 @@ class NeuronPruning(PruningCallback):
         alive = trainer.strategy.broadcast(alive)
         if bool(alive.all()):
             return
-        plan = remove_neurons(
-            pl_module, self.groups_, alive, optimizers=trainer.optimizers, verify=self.verify
-        )
+        plan = remove_neurons(pl_module, self.groups_, alive, optimizers=trainer.optimizers, verify=self.verify)
         self.groups_ = self.groups_.without(alive)
         self._allowed = self._allowed[alive]
         self.plan_ = self.plan_.then(plan)

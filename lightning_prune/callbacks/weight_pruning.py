@@ -132,8 +132,7 @@ class WeightPruning(PruningCallback):
         super()._follow_removal(trainer, pl_module, plan)
         if self.masks_:
             self.masks_ = {
-                name: take(mask, plan.kept[name]) if name in plan.kept else mask
-                for name, mask in self.masks_.items()
+                name: take(mask, plan.kept[name]) if name in plan.kept else mask for name, mask in self.masks_.items()
             }
             self._prune(trainer, pl_module, self.amount_)  # the fraction of what is left
 

@@ -183,8 +183,7 @@ class Groups(Sequence[Group]):
         extents = {key: extent.without(alive, renumber) for key, extent in self.extents.items()}
         shapes = {
             name: tuple(
-                len(extents[name, dim].unit_of) if (name, dim) in extents else size
-                for dim, size in enumerate(shape)
+                len(extents[name, dim].unit_of) if (name, dim) in extents else size for dim, size in enumerate(shape)
             )
             for name, shape in self.shapes.items()
         }
@@ -192,9 +191,7 @@ class Groups(Sequence[Group]):
         start = 0
         for group, numbers in zip(self.prunable, self.ranges, strict=True):
             size = int(alive[numbers.start : numbers.stop].sum())
-            slices = tuple(
-                replace(s, index=_index(extents[s.name, s.dim].unit_of, start, size)) for s in group.slices
-            )
+            slices = tuple(replace(s, index=_index(extents[s.name, s.dim].unit_of, start, size)) for s in group.slices)
             prunable.append(replace(group, size=size, slices=slices))
             start += size
         return replace(

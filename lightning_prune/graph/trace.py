@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.callsites import CallRecorder, CallSite, ModuleCall, ModuleStack
-from lightning_prune.graph.labels import Dims, LabelBook
+from lightning_prune.graph.labels import LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 
 __all__ = ["Contraction", "Leaf", "Trace", "Tracer"]
@@ -56,7 +55,7 @@ class _Dispatch(TorchDispatchMode):
     """Hands each ATen call to its rule."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.tracer = tracer
 
     def __torch_dispatch__(

@@ -19,9 +19,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, tor
 """Largest difference allowed, relative to the largest output, by dtype: rounding differs with the shapes."""
 
 
-def masked_tensors(
-    tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Sequence[int]]]
-) -> dict[str, Tensor]:
+def masked_tensors(tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Sequence[int]]]) -> dict[str, Tensor]:
     """Copies of the tensors that shrink, zero wherever one of the dimensions is not kept."""
     result = {}
     for name, dims in kept.items():

@@ -186,6 +186,10 @@ class ImageClassifier(LightningModule):
         return options | {length: max(left, 1)}
 
 
+# LightningCLI looks at the class before there is an object.
+accept_both_lightnings(ImageClassifier, "LightningModule")
+
+
 def _count_classes(network: nn.Module) -> int:
     if hasattr(network, "num_classes"):
         return network.num_classes  # type: ignore[return-value]
@@ -208,8 +212,7 @@ def _find_optimizer(
         return by_name[optimizer.lower()]
     if not callable(optimizer):
         raise PruningError(
-            "ImageClassifier: optimizer must be a name or a factory (parameters -> Optimizer), "
-            f"got {optimizer!r}."
+            f"ImageClassifier: optimizer must be a name or a factory (parameters -> Optimizer), got {optimizer!r}."
         )
     return optimizer
 
@@ -217,9 +220,7 @@ def _find_optimizer(
 def _check_optimizer_options(optimizer: Callable[..., Optimizer], options: dict[str, Any]) -> None:
     if not isinstance(optimizer, type):
         if options:
-            raise PruningError(
-                "ImageClassifier: an optimizer factory sets its own options; drop optimizer_options."
-            )
+            raise PruningError("ImageClassifier: an optimizer factory sets its own options; drop optimizer_options.")
         return
     parameters = inspect.signature(optimizer).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -76,7 +76,8 @@ class LeNet(nn.Sequential):
         kernels = [kernel_size] * len(channels) if isinstance(kernel_size, int) else kernel_size
         kernels = _sizes("kernel_size", kernels, length=len(channels))
         depth, height, width = _sizes("in_shape", in_shape, length=3)
-        (num_classes,) = _sizes("num_classes", [num_classes])
+        if not _is_size(num_classes):
+            raise PruningError(f"LeNet: num_classes must be a positive whole number, got {num_classes!r}.")
         _check_fit(min(height, width), kernels)
 
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -99,11 +100,15 @@ class LeNet(nn.Sequential):
 def _sizes(name: str, values: Sequence[int], *, length: int | None = None) -> tuple[int, ...]:
     """Check that ``values`` are ``length`` positive whole numbers."""
     wanted = "positive whole numbers" if length is None else f"{length} positive whole number(s)"
-    if not isinstance(values, Sequence) or any(type(value) is not int or value < 1 for value in values):
+    if not isinstance(values, Sequence) or not all(_is_size(value) for value in values):
         raise PruningError(f"LeNet: {name} must be {wanted}, got {values!r}.")
     if length is not None and len(values) != length:
         raise PruningError(f"LeNet: {name} must be {wanted}, got {len(values)}: {values!r}.")
     return tuple(values)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_fit(size: int, kernels: Sequence[int]) -> None:

@@ -22,9 +22,7 @@ def apply_masks(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -
 
 
 @torch.no_grad()
-def mask_optimizer(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-) -> None:
+def mask_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set an optimizer's state to zero in masked places: momentum would revive them."""
     for name, mask in masks.items():
         for value in optimizer.state.get(parameters[name], {}).values():

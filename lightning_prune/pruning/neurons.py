@@ -99,9 +99,7 @@ def prune_neurons(
         round_to=round_to,
         dense=measure_dense(groups, allowed),
     )
-    optimizers = (
-        () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-    )
+    optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
     if not plan:
         warn_no_effect(f"amount={amount:g} of {int(allowed.sum())} {of} rounds to no neuron at all")
@@ -159,7 +157,7 @@ def remove_neurons(
     with undisturbed(model):
         model.eval()
         expected = masked_outputs(model, masked_tensors(tensors, kept), calls) if compare else []
-        undo = shrink(model, kept, optimizers)
+        change = shrink(model, kept, optimizers)
         try:
             patches, actual = _patch_sizes(model, groups, alive, calls)
             if patches and compare:
@@ -168,7 +166,7 @@ def remove_neurons(
                 if call.path == "" or _same_shapes(a, b):  # a part's output may shrink, the model's never
                     compare_outputs(a, b)
         except Exception as error:
-            undo()
+            change.undo()
             remove_patches(model)
             install_patches(model, before)
             names = ", ".join(group.name for group in touched)
@@ -176,6 +174,7 @@ def remove_neurons(
     return Plan(
         kept={alias: kept[name] for name in kept for alias in _aliases(model, name)},
         shapes={alias: shapes[name] for name in kept for alias in _aliases(model, name)},
+        attributes=change.attributes,
         patches=tuple(patches),
         approximate={group.name: ", ".join(group.mixing) for group in touched if group.mixing},
         frozen={str(part): group.frozen or "" for group in groups.frozen for part in group.slices},

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches
-from lightning_prune.pruning.surgery import named_tensors, shrink
+from lightning_prune.pruning.surgery import Attributes, named_tensors, shrink
 
 __all__ = ["Plan"]
 
@@ -22,6 +22,7 @@ class Plan:
     Attributes:
         kept: For every parameter and buffer that shrinks: dimension -> kept indices, ascending.
         shapes: Shape before the removal of each of them.
+        attributes: Module -> size attribute (``in_features``, ``groups``, …) -> its value before and after.
         patches: Sizes written in a forward that are rewritten at the call.
         approximate: Pruned layers whose neurons an operation reads together -> those operations.
         frozen: Parameter dimensions that had to stay -> why.
@@ -29,6 +30,7 @@ class Plan:
 
     kept: dict[str, dict[int, list[int]]]
     shapes: dict[str, list[int]]
+    attributes: Attributes = field(default_factory=dict)
     patches: tuple[SizePatch, ...] = ()
     approximate: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
@@ -39,10 +41,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As plain data: dict, list, str and int only, so JSON and ``weights_only=True`` take it."""
         return {
-            "kept": {
-                name: {str(dim): list(index) for dim, index in dims.items()} for name, dims in self.kept.items()
-            },
+            "kept": {name: {str(dim): list(index) for dim, index in dims.items()} for name, dims in self.kept.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attributes": {
+                path: {name: list(values) for name, values in named.items()} for path, named in self.attributes.items()
+            },
             "patches": [patch.to_dict() for patch in self.patches],
             "approximate": dict(self.approximate),
             "frozen": dict(self.frozen),
@@ -62,6 +65,10 @@ class Plan:
                     for name, dims in data["kept"].items()
                 },
                 shapes={name: [int(size) for size in shape] for name, shape in data["shapes"].items()},
+                attributes={
+                    path: {name: (int(before), int(after)) for name, (before, after) in named.items()}
+                    for path, named in data["attributes"].items()
+                },
                 patches=tuple(SizePatch.from_dict(patch) for patch in data["patches"]),
                 approximate=dict(data["approximate"]),
                 frozen=dict(data["frozen"]),
@@ -83,11 +90,11 @@ class Plan:
                 raise PruningError(
                     f"the plan expects {name!r} of shape {tuple(shape)}, got {tuple(tensors[name].shape)}"
                 )
-        undo = shrink(model, self.kept)
+        change = shrink(model, self.kept)
         try:
             install_patches(model, self.patches)
         except PruningError:
-            undo()
+            change.undo()
             raise
 
     def then(self, later: Plan) -> Plan:
@@ -95,12 +102,18 @@ class Plan:
         kept = {name: dict(dims) for name, dims in self.kept.items()}
         for name, dims in later.kept.items():
             for dim, index in dims.items():
-                before = kept.setdefault(name, {}).get(dim)
-                kept[name][dim] = index if before is None else [before[i] for i in index]
+                known = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = index if known is None else [known[i] for i in index]
         patches = {(patch.site, patch.dim): patch for patch in (*self.patches, *later.patches)}
+        attributes = {path: dict(named) for path, named in self.attributes.items()}
+        for path, named in later.attributes.items():
+            for name, (before, after) in named.items():
+                first = attributes.setdefault(path, {}).get(name, (before, after))[0]
+                attributes[path][name] = (first, after)
         return Plan(
             kept=kept,
             shapes={**later.shapes, **self.shapes},
+            attributes=attributes,
             patches=tuple(patches.values()),
             approximate={**self.approximate, **later.approximate},
             frozen=later.frozen,

@@ -66,9 +66,7 @@ def globs(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | 
     return listed
 
 
-def matching(
-    modules: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> set[str]:
+def matching(modules: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> set[str]:
     """The module names that some ``include`` pattern matches (None: all) and no ``exclude`` pattern does.
 
     A pattern matches a module by its own name or by that of a module that contains it.
@@ -204,9 +202,7 @@ def select_neurons(
     return after(low)
 
 
-def _blocks(
-    groups: Groups, scores: Tensor, allowed: Tensor, scope: str, round_to: int, dense: Dense
-) -> list[Tensor]:
+def _blocks(groups: Groups, scores: Tensor, allowed: Tensor, scope: str, round_to: int, dense: Dense) -> list[Tensor]:
     """Neurons that go at once, in the order in which they go."""
     keyed: list[tuple[float, int, Tensor]] = []
     for group, numbers in zip(groups.prunable, groups.ranges, strict=True):
@@ -218,9 +214,7 @@ def _blocks(
         ends = range(first, group.size - round_to + 1, round_to)
         for start, end in zip((0, *ends), ends, strict=False):
             block = order[start:end]
-            if scope == "layer":
-                key = (whole - group.size + (start + end) / 2) / whole
-            else:
-                key = float(scores[block].mean())
+            rank = (whole - group.size + (start + end) / 2) / whole
+            key = rank if scope == "layer" else float(scores[block].mean())
             keyed.append((key, len(keyed), block))
     return [block for _, _, block in sorted(keyed, key=lambda item: item[:2])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +17,25 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["Kept", "Undo", "enlarge", "named_tensors", "shrink", "take"]
+__all__ = ["Attributes", "Change", "Kept", "Undo", "enlarge", "named_tensors", "shrink", "take"]
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 Undo = Callable[[], None]
+Attributes = dict[str, dict[str, tuple[int, int]]]
+"""Module path -> attribute -> its value before and after."""
+
+
+@dataclass
+class Change:
+    """What a surgery did, and how to take it back."""
+
+    attributes: Attributes = field(default_factory=dict)
+    steps: list[Undo] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Put everything back as it was."""
+        while self.steps:
+            self.steps.pop()()
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -38,7 +54,7 @@ def take(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
     return result.contiguous()
 
 
-def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> Undo:
+def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> Change:
     """Keep only some indices of a model's parameters and buffers.
 
     Shared parameters stay shared, gradients and optimizer state shrink alike, the size attributes of torch's
@@ -50,7 +66,7 @@ def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -
         optimizers: Those that hold its parameters.
 
     Returns:
-        A function that puts everything back as it was.
+        What was done, with ``undo()``.
 
     Raises:
         PruningError: A name or an index does not exist; nothing was changed.
@@ -66,26 +82,22 @@ def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -
                 raise PruningError(f"{name!r} of shape {tuple(old.shape)} has no such indices in dim {dim}: {index}")
         replaced[id(old)] = (old, _shrunk(old, dims), dims)
 
-    undo: list[Undo] = []
-    for module in model.modules():
+    change = Change()
+    for path, module in model.named_modules():
         before = dict(module.__dict__)
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
                 if tensor is not None and id(tensor) in replaced:
-                    undo.append(_setter(registry, key, tensor))
-                    registry[key] = replaced[id(tensor)][1]  # type: ignore[assignment]
+                    change.steps.append(_setter(registry, key, tensor))
+                    registry[key] = replaced[id(tensor)][1]
         for attribute, value in _sizes(module, before).items():
-            if before.get(attribute) != value:
-                undo.append(_setter(module.__dict__, attribute, before[attribute]))
+            if before[attribute] != value:
+                change.steps.append(_setter(module.__dict__, attribute, before[attribute]))
+                change.attributes.setdefault(path, {})[attribute] = (before[attribute], value)
                 module.__dict__[attribute] = value
     for optimizer in optimizers:
-        undo.append(_follow(optimizer, replaced))
-
-    def undo_all() -> None:
-        for step in reversed(undo):
-            step()
-
-    return undo_all
+        change.steps.append(_follow(optimizer, replaced))
+    return change
 
 
 def _setter(target: Any, key: str, value: Any) -> Undo:
@@ -108,7 +120,7 @@ def _shrunk(old: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
 
 def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
     """What the size attributes of torch's own layers must be, given the shapes of their tensors."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return {"in_features": weight.size(1), "out_features": weight.size(0)}
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -126,9 +138,7 @@ def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _follow(
-    optimizer: Optimizer, replaced: Mapping[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]
-) -> Undo:
+def _follow(optimizer: Optimizer, replaced: Mapping[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]) -> Undo:
     """Make an optimizer hold the new parameters, with the state of what was kept."""
     lists = [(group, list(group["params"])) for group in optimizer.param_groups]
     states: list[tuple[Tensor, Tensor, Any]] = []
@@ -170,7 +180,7 @@ def _shrunk_state(
     return result
 
 
-def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Attributes) -> None:
     """Give tensors of a pruned model their old shapes back, filled up with zeros; the values' places are lost.
 
     For measuring what the model was before: its cost depends on shapes alone.
@@ -183,10 +193,10 @@ def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
             data = old.new_zeros(tuple(shape))
             data[tuple(slice(size) for size in old.shape)] = old.detach()
             larger[id(old)] = nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
-    for module in model.modules():
-        before = dict(module.__dict__)
+    for path, module in model.named_modules():
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
                 if tensor is not None and id(tensor) in larger:
-                    registry[key] = larger[id(tensor)]  # type: ignore[assignment]
-        module.__dict__.update(_sizes(module, before))
+                    registry[key] = larger[id(tensor)]
+        for attribute, (before, _) in attributes.get(path, {}).items():
+            module.__dict__[attribute] = before

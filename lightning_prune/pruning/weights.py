@@ -49,7 +49,11 @@ def _owner(name: str) -> str:
 
 @torch.no_grad()
 def select_weights(
-    scores: Mapping[str, Tensor], amount: float, *, scope: str = "global", masks: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor],
+    amount: float,
+    *,
+    scope: str = "global",
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Choose which weights stay: exactly ``round(amount * n)`` of n go, those that are gone already first.
 
@@ -63,8 +67,7 @@ def select_weights(
         Masks by parameter name. Among equal scores those of the lower index go.
     """
     ranked = {
-        name: score if masks is None else score.masked_fill(~masks[name], -torch.inf)
-        for name, score in scores.items()
+        name: score if masks is None else score.masked_fill(~masks[name], -torch.inf) for name, score in scores.items()
     }
     if scope == "layer":
         return {name: _keep_all_but_lowest([score], amount)[0] for name, score in ranked.items()}
@@ -80,10 +83,7 @@ def _keep_all_but_lowest(scores: list[Tensor], amount: float) -> list[Tensor]:
         torch.ge(flat, threshold, out=keep)
         ties = (flat == threshold).nonzero().squeeze(1)
         keep[ties[: count - int((~keep).sum())]] = False
-    return [
-        part.view(score.shape)
-        for part, score in zip(keep.split([s.numel() for s in scores]), scores, strict=True)
-    ]
+    return [part.view(score.shape) for part, score in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
 
 
 def prune_weights(

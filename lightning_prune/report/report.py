@@ -66,7 +66,10 @@ class Report:
         widths = [max(len(line[column]) for line in cells) for column in range(4)]
         lines = [
             "  ".join(
-                [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+                [
+                    line[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
+                ]
             )
             for line in cells
         ]
@@ -116,7 +119,8 @@ def build_report(
             Row("file size", file_size(dense), file_size(model), "B"),
         ]
         for size, some in ((1, single), (batch_size(calls), whole)):
-            rows.append(Row(f"latency (batch {size})", *latencies([dense, model], some), "s"))
+            before, after = latencies([dense, model], some)
+            rows.append(Row(f"latency (batch {size})", before, after, "s"))
     if dense_value is not None or pruned_value is not None:
         rows.append(Row(metric, dense_value, pruned_value))
     return Report(tuple(rows))
@@ -126,7 +130,7 @@ def _dense_twin(model: nn.Module, plan: Plan) -> nn.Module:
     dense = copy.deepcopy(model)
     if plan.patches:
         remove_patches(dense)
-    enlarge(dense, plan.shapes)
+    enlarge(dense, plan.shapes, plan.attributes)
     with torch.no_grad():
         for parameter in dense.parameters():
             if parameter.is_floating_point():

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.export import save_pruned
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.run import run_calls
 
 __all__ = ["batch_size", "file_size", "first_of", "latencies"]
 
@@ -50,9 +50,7 @@ def file_size(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def latencies(
-    models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, seconds: float = 1.0
-) -> list[float]:
+def latencies(models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, seconds: float = 1.0) -> list[float]:
     """Median time of one evaluation-mode forward of each model, measured in turn so that drift hits all alike.
 
     Args:

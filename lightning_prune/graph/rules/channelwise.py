@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.graph.labels import Dims
-from lightning_prune.graph.rules.table import Call, family, rule
+from lightning_prune.graph.rules.table import Call, rule
 
 aten = torch.ops.aten
 
@@ -19,9 +19,7 @@ def batch_norm(call: Call) -> list[Dims]:
     dims = list(call.dims(x))
     for tensor in call.args[1:5]:
         if isinstance(tensor, Tensor):
-            dims[1] = call.book.unify(
-                dims[1], call.dims(tensor)[0], f"normalises a dimension of fixed size ({call})"
-            )
+            dims[1] = call.book.unify(dims[1], call.dims(tensor)[0], f"normalises a dimension of fixed size ({call})")
     return [tuple(dims), (dims[1],), (dims[1],)]
 
 
@@ -78,4 +76,3 @@ def softmax(call: Call) -> Dims:
     if x.dim():
         call.book.mix(labels[dim], f"{call}")
     return labels
-

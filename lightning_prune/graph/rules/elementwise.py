@@ -45,7 +45,8 @@ def pointwise(call: Call) -> list[Dims]:
 
 def like(call: Call) -> Dims:
     """A fresh tensor of the first argument's shape: it shrinks with it and holds nothing of its own."""
-    return call.dims(call.args[0])
+    source: Tensor = call.args[0]
+    return call.dims(source)
 
 
 family(
@@ -68,9 +69,9 @@ family(
 @rule(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)
 def new_like(call: Call) -> Dims:
     """A fresh tensor whose sizes were read from another: a size that equals the other's follows it."""
-    source = call.args[0]
+    source: Tensor = call.args[0]
     if source.dim() != call.out.dim():
-        return (None,) * call.out.dim()
+        return (None,) * int(call.out.dim())
     pairs = zip(call.dims(source), source.shape, call.out.shape, strict=True)
     return tuple(labels if size == wanted else None for labels, size, wanted in pairs)
 
@@ -81,4 +82,3 @@ def new_like(call: Call) -> Dims:
 )  # fmt: skip
 def fresh(call: Call) -> None:
     """Creates a tensor, or reads a number: no labels, and none are touched."""
-
