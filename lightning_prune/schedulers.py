@@ -200,7 +200,7 @@ class _WarmUp(SequentialLR):
         # Older torch hands over by a call of its own that it deprecated; the user can't avoid the warning.
         # Only here, since every catch_warnings makes Python show once-only warnings again.
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step", append=False)
+            warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
             super().step()
 
 

@@ -43,10 +43,6 @@ class PruningCallback(Callback):
         report_: Dense against pruned, after ``fit`` (on rank 0; None before).
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        accept_both_lightnings(PruningCallback, "Callback")
-        return super().__new__(cls)
-
     def __init__(
         self,
         amount: float,
@@ -59,6 +55,7 @@ class PruningCallback(Callback):
         report: bool,
         monitor: str,
     ) -> None:
+        accept_both_lightnings(PruningCallback, "Callback")
         check_amount(amount)
         get_schedule(schedule)
         check_window(start, end)
@@ -77,6 +74,7 @@ class PruningCallback(Callback):
         self.amount_ = 0.0
         self.report_: Report | None = None
         self._clock: Clock | None = None
+        self._steps = 0
         self._watching = ExitStack()
         self._calls: tuple[ModuleCall, ...] = ()
         self._cost: Cost | None = None
@@ -112,6 +110,10 @@ class PruningCallback(Callback):
         """What has been removed so far."""
         return Plan({}, {})
 
+    def _has_effect(self) -> bool:
+        """Whether anything has been pruned so far."""
+        raise NotImplementedError
+
     # -- when -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -139,6 +141,7 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Place the schedule in the training, now that its length is known."""
         self._resolve(trainer)
+        self._steps = trainer.global_step
         self._calls = ()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -166,12 +169,10 @@ class PruningCallback(Callback):
         epochs: float = trainer.current_epoch + 1
         if not last:
             epochs = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
-        if self.every == "epoch":
-            due = last or final
-        else:
-            accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last
-            due = final or last or (not accumulating and trainer.global_step % int(self.every) == 0)
-        if due:
+        # Several optimizers make several steps per batch: a multiple of `every` may be passed without being hit.
+        passed = self.every != "epoch" and trainer.global_step // int(self.every) > self._steps // int(self.every)
+        self._steps = trainer.global_step
+        if last or final or passed:
             progress = self._clock.progress(epochs, trainer.global_step)
             amount = self.amount * get_schedule(self.schedule)(progress)
             # A schedule never takes anything back: a second fit starts where the first one stopped.
@@ -207,13 +208,7 @@ class PruningCallback(Callback):
             self._dense_metric = float(trainer.callback_metrics[self.monitor])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say where the schedule ended, and what was gained."""
-        if self.amount and self.amount_ < self.amount:
-            rank_zero_warn(
-                f"{type(self).__name__}: training ended before the schedule did (end={self.end!r}): "
-                f"{self.amount_:.3g} of amount={self.amount:g} was asked for so far",
-                category=NoEffectWarning,
-            )
+        """Say what was gained."""
         if self.report and trainer.is_global_zero and self._speaks(trainer):
             plan = Plan({}, {})
             for callback in pruning_callbacks(trainer):
@@ -230,6 +225,19 @@ class PruningCallback(Callback):
             for callback in pruning_callbacks(trainer):
                 callback.report_ = report
             rank_zero_info(f"\n{report}")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so if the schedule did not come to its end, or had no effect; also where no batch was trained on."""
+        if self.amount_ < self.amount:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended before the schedule did (end={self.end!r}): "
+                f"{self.amount_:.3g} of amount={self.amount:g} was asked for so far",
+                category=NoEffectWarning,
+            )
+        elif self.amount and not self._has_effect():
+            rank_zero_warn(
+                f"{type(self).__name__}: amount={self.amount:g} rounds to nothing at all", category=NoEffectWarning
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""

@@ -208,6 +208,9 @@ class NeuronPruning(PruningCallback):
     def _plan(self) -> Plan:
         return self.plan_
 
+    def _has_effect(self) -> bool:
+        return bool(self.plan_)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model, except sizes that had to be rewritten in a forward."""
         super().teardown(trainer, pl_module, stage)

@@ -74,6 +74,7 @@ class WeightPruning(PruningCallback):
         self.masks_: Masks = {}
         self._bound: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._restored = False
 
     def _weights(self, pl_module: Any) -> dict[str, torch.nn.Parameter]:
         return prunable_weights(pl_module, globs("include", self.include), globs("exclude", self.exclude))
@@ -90,10 +91,20 @@ class WeightPruning(PruningCallback):
                     raise ConfigurationError(
                         f"two WeightPruning callbacks prune {common[0]!r}; keep them apart with include and exclude"
                     )
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        if any(shapes.get(name) != mask.shape for name, mask in self.masks_.items()):
+        if not self._fit_masks(weights):
             self.masks_, self.amount_ = {}, 0.0  # masks of another model: this fit starts anew
+        self._restored = False
         self._bind(pl_module)
+
+    def _fit_masks(self, weights: dict[str, torch.nn.Parameter]) -> bool:
+        """Whether the masks are those of these weights: of their shapes, and what they mask is zero already.
+
+        A checkpoint's masks may be ahead of its weights, those of an averaged model for one.
+        """
+        return self.masks_.keys() == weights.keys() and all(
+            mask.shape == weight.shape and (self._restored or not bool(weight.detach()[~mask.to(weight.device)].any()))
+            for mask, weight in ((mask, weights[name]) for name, mask in self.masks_.items())
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch the optimizers; a resumed run continues with its masks in place."""
@@ -128,6 +139,9 @@ class WeightPruning(PruningCallback):
         self._bind(pl_module)
         self._hold(trainer)
 
+    def _has_effect(self) -> bool:
+        return not all(bool(mask.all()) for mask in self.masks_.values())
+
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
         if self.masks_:
@@ -160,3 +174,4 @@ class WeightPruning(PruningCallback):
         """Take up the masks of a checkpoint."""
         self.amount_ = state_dict["amount"]
         self.masks_ = dict(state_dict["masks"])
+        self._restored = True

@@ -143,6 +143,12 @@ class Groups(Sequence[Group]):
             start += group.size
         return ranges
 
+    @property
+    def keys(self) -> list[str]:
+        """A name of its own for each prunable group, also where one layer's neurons fall into several."""
+        names = [group.name for group in self.prunable]
+        return [f"{name}#{names[:i].count(name)}" for i, name in enumerate(names)]
+
     def kept(self, alive: Tensor) -> dict[str, dict[int, list[int]]]:
         """Indices kept of every parameter and buffer that shrinks when only ``alive`` neurons stay."""
         result: dict[str, dict[int, list[int]]] = {}

@@ -34,7 +34,8 @@ class ImageClassifier(LightningModule):
     Batches are ``(images, labels)``: whatever the network takes, and class indices of shape ``(batch,)``.
     Logs ``train_loss``, ``train_acc``, ``val_loss``, ``val_acc``, ``test_loss`` and ``test_acc``, all of them
     means over the epoch's images and over all processes (accuracy is the fraction of images that are right,
-    0-1); the progress bar also shows the running ``loss``.
+    0-1); the progress bar also shows the running ``loss``. Where the Trainer is ``pytorch_lightning``'s,
+    import that package before making the object (before importing this module for its LightningCLI).
 
     Args:
         network: The network to train.

@@ -145,7 +145,11 @@ def remove_neurons(
     """
     kept = groups.kept(alive)
     tensors = named_tensors(model)
-    shapes = {name: list(tensors[name].shape) for name in kept}
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    aliases = {alias: name for name in kept for alias in names[id(tensors[name])]}
+    shapes = {alias: list(tensors[alias].shape) for alias in aliases}
     calls = [call for call in groups.calls if call.repeatable]
     before = installed_patches(model)
     touched = [
@@ -169,11 +173,11 @@ def remove_neurons(
             change.undo()
             remove_patches(model)
             install_patches(model, before)
-            names = ", ".join(group.name for group in touched)
-            raise SurgeryError(f"Can't remove neurons of {names}: {error}\nThe model is as it was.") from error
+            made_by = ", ".join(group.name for group in touched)
+            raise SurgeryError(f"Can't remove neurons of {made_by}: {error}\nThe model is as it was.") from error
     return Plan(
-        kept={alias: kept[name] for name in kept for alias in _aliases(model, name)},
-        shapes={alias: shapes[name] for name in kept for alias in _aliases(model, name)},
+        kept={alias: kept[name] for alias, name in aliases.items()},
+        shapes=shapes,
         attributes=change.attributes,
         patches=tuple(patches),
         approximate={group.name: ", ".join(group.mixing) for group in touched if group.mixing},
@@ -213,8 +217,3 @@ def _same_shapes(a: Any, b: Any) -> bool:
     return [getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves(a)] == [
         getattr(leaf, "shape", None) for leaf in torch.utils._pytree.tree_leaves(b)
     ]
-
-
-def _aliases(model: nn.Module, name: str) -> list[str]:
-    tensors = named_tensors(model)
-    return [other for other, tensor in tensors.items() if tensor is tensors[name]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -60,7 +61,7 @@ def globs(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | 
     """
     if patterns is None:
         return None
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    listed: tuple[Any, ...] = tuple(patterns) if isinstance(patterns, list | tuple) else (patterns,)
     if not all(isinstance(pattern, str) for pattern in listed):
         raise PruningError(f"{name} must be glob patterns on module names, got {patterns!r}")
     return listed
@@ -118,7 +119,7 @@ class Dense:
         neurons: Neurons that may go, in all groups.
         params: Elements of all parameters.
         macs: MACs of the traced run.
-        sizes: Neurons per group name.
+        sizes: Neurons per group, by its key.
     """
 
     neurons: int
@@ -130,7 +131,7 @@ class Dense:
 def measure_dense(groups: Groups, allowed: Tensor) -> Dense:
     """The dense whole of groups that nothing was removed from yet."""
     alive = torch.ones(groups.neurons, dtype=torch.bool)
-    sizes = {group.name: group.size for group in groups.prunable}
+    sizes = {key: group.size for key, group in zip(groups.keys, groups.prunable, strict=True)}
     return Dense(int(allowed.sum()), groups.params(alive), groups.macs(alive), sizes)
 
 
@@ -164,57 +165,76 @@ def select_neurons(
     Raises:
         PruningError: The budget can't be reached; the message says what can.
     """
-    alive = torch.ones(groups.neurons, dtype=torch.bool)
     blocks = _blocks(groups, scores, allowed, scope, round_to, dense)
-
     order = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.long)
     ends = [0, *accumulate(map(len, blocks))]
 
     def after(count: int) -> Tensor:
-        left = alive.clone()
+        left = torch.ones(groups.neurons, dtype=torch.bool)
         left[order[: ends[count]]] = False
         return left
 
-    if of == "neurons":
-        measure: Callable[[Tensor], float] = lambda left: int((left & allowed).sum())  # noqa: E731
-        goal: float = dense.neurons - round(amount * dense.neurons)
-    elif of == "params":
-        measure, goal = groups.params, dense.params * (1 - amount)
-    else:
-        measure, goal = groups.macs, dense.macs * (1 - amount)
-
-    low, high = 0, len(blocks)
-    if measure(after(high)) > goal + 1e-9 * abs(goal):
-        whole = {"neurons": dense.neurons, "params": dense.params, "macs": dense.macs}[of]
-        reachable = 1 - measure(after(high)) / whole if whole else 0.0
+    measure, whole = _measure(groups, allowed, of, dense)
+    goal = whole - round(amount * whole) if of == "neurons" else whole * (1 - amount) * (1 + 1e-9)
+    if measure(after(len(blocks))) > goal:
+        reachable = 1 - measure(after(len(blocks))) / whole if whole else 0.0
         raise PruningError(
             f"amount={amount:g} of the {of} can't be reached: with every group down to {round_to} neuron(s) "
             f"{math.floor(reachable * 1e4) / 1e4:g} is gone, the rest is frozen or excluded"
         )
-    while low < high:
-        middle = (low + high) // 2
-        if measure(after(middle)) <= goal + 1e-9 * abs(goal):
-            high = middle
-        else:
-            low = middle + 1
-    if of == "neurons" and low and goal - measure(after(low)) > measure(after(low - 1)) - goal:
-        low -= 1  # with blocks the nearer side counts
-    return after(low)
+    count = bisect_left(range(len(blocks)), True, key=lambda n: measure(after(n)) <= goal)
+    if of != "neurons":
+        return _give_back(after(count), blocks[:count], groups, lambda left: measure(left) <= goal)
+    if count and goal - measure(after(count)) > measure(after(count - 1)) - goal:
+        count -= 1  # with blocks the nearer side counts
+    return after(count)
+
+
+def _measure(groups: Groups, allowed: Tensor, of: str, dense: Dense) -> tuple[Callable[[Tensor], float], float]:
+    """How much of something is left, given which neurons stay; and its dense whole."""
+    if of == "params":
+        return groups.params, dense.params
+    if of == "macs":
+        return groups.macs, dense.macs
+    return lambda left: int((left & allowed).sum()), dense.neurons
+
+
+def _give_back(left: Tensor, gone: Sequence[Tensor], groups: Groups, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Restore blocks that the budget does not need: the last one removed may have overshot it by far."""
+    owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)])
+    by_group: dict[int, list[Tensor]] = {}
+    for block in reversed(gone):  # the most important first
+        by_group.setdefault(int(owner[block[0]]), []).append(block)
+    for blocks in by_group.values():
+        left = _restored(left, blocks, fits)
+    return left
+
+
+def _restored(left: Tensor, blocks: Sequence[Tensor], fits: Callable[[Tensor], bool]) -> Tensor:
+    """Restore as many blocks, in order, as still fit; found by bisection, since what is left only grows."""
+
+    def with_first(count: int) -> Tensor:
+        restored = left.clone()
+        for block in blocks[:count]:
+            restored[block] = True
+        return restored
+
+    return with_first(bisect_left(range(1, len(blocks) + 1), True, key=lambda count: not fits(with_first(count))))
 
 
 def _blocks(groups: Groups, scores: Tensor, allowed: Tensor, scope: str, round_to: int, dense: Dense) -> list[Tensor]:
     """Neurons that go at once, in the order in which they go."""
     keyed: list[tuple[float, int, Tensor]] = []
-    for group, numbers in zip(groups.prunable, groups.ranges, strict=True):
+    for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
         if not bool(allowed[numbers.start]):
             continue
         order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
-        whole = dense.sizes.get(group.name, group.size)
+        whole = dense.sizes.get(key, group.size)
         first = group.size % round_to or round_to
         ends = range(first, group.size - round_to + 1, round_to)
         for start, end in zip((0, *ends), ends, strict=False):
             block = order[start:end]
             rank = (whole - group.size + (start + end) / 2) / whole
-            key = rank if scope == "layer" else float(scores[block].mean())
-            keyed.append((key, len(keyed), block))
+            place = rank if scope == "layer" else float(scores[block].mean())
+            keyed.append((place, len(keyed), block))
     return [block for _, _, block in sorted(keyed, key=lambda item: item[:2])]

@@ -36,10 +36,12 @@ def prunable_weights(
         raise PruningError(
             f"{type(model).__name__} has no weights to prune: no floating-point parameter of two dimensions or more"
         )
-    chosen = matching(list(dict.fromkeys(map(_owner, found))), include, exclude)
+    owners = list(dict.fromkeys(map(_owner, found)))
+    chosen = matching(owners, include, exclude)
     found = {name: parameter for name, parameter in found.items() if _owner(name) in chosen}
     if not found:
-        raise PruningError(f"exclude={list(exclude or ())} leaves no weights to prune")
+        chosen_by = f"include={include and list(include)}, exclude={exclude and list(exclude)}"
+        raise PruningError(f"{chosen_by} leave no weights to prune of {', '.join(owners)}")
     return found
 
 

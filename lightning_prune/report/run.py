@@ -75,7 +75,9 @@ def latencies(models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, secon
         model.eval()
         once(model)  # warm-up
     end = perf_counter() + seconds
-    while perf_counter() < end or len(times[0]) < 3:
-        for model, taken in zip(models, times, strict=True):
+    order = list(zip(models, times, strict=True))
+    while perf_counter() < end or len(times[0]) < 4:
+        for model, taken in order:
             taken.append(once(model))
+        order.reverse()  # neither is always the one that runs on warm caches
     return [median(taken) for taken in times]
