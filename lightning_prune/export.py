@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches
+from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.pruning.surgery import Change, named_tensors, shrink
 
 __all__ = ["fit_shapes", "load_pruned", "save_pruned"]
@@ -25,18 +26,29 @@ _MASK, _VALUES = ".__mask__", ".__values__"
 def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
     """Save a model's state as one safetensors file that needs no code of ours to be read where it is dense.
 
-    A tensor with so many zeros that it pays is stored as a bit per element and its non-zero values. Sizes that
-    had to be rewritten in a forward are in the file's metadata.
+    A tensor with so many zeros that it pays is stored as a bit per element and its non-zero values. Buffers that
+    are not in the state dict are in the file, because pruning shrinks them too. Sizes that had to be rewritten in
+    a forward are in the file's metadata, and so is a checksum.
 
     Args:
         model: A pruned model, or any other.
         path: The file; one that exists is replaced.
+
+    Raises:
+        PruningError: The model's state dict holds something else than tensors; nothing was written.
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    state = model.state_dict(keep_vars=True)
+    transient = _transient(model, state)
+    for name, tensor in (state | transient).items():
+        if not isinstance(tensor, Tensor):
+            raise PruningError(
+                f"{name!r} in the state dict of {type(model).__name__} is no tensor but {type(tensor).__name__}: "
+                "a safetensors file can't hold it"
+            )
         if id(tensor) in seen:
             aliases[name] = seen[id(tensor)]
             continue
@@ -44,8 +56,24 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         shapes[name] = list(tensor.shape)
         _encode(name, tensor.detach().cpu().contiguous(), stored)
     patches = [patch.to_dict() for patch in installed_patches(model)]
-    content = {"shapes": shapes, "aliases": aliases, "patches": patches}
-    save_file(stored, path, metadata={"lightning_prune": FORMAT, "content": json.dumps(content)})
+    content = json.dumps({"shapes": shapes, "aliases": aliases, "patches": patches, "transient": list(transient)})
+    checksum = _checksum(content, stored)
+    save_file(stored, path, metadata={"lightning_prune": FORMAT, "content": content, "checksum": checksum})
+
+
+def _transient(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The buffers that the state dict leaves out (``persistent=False``)."""
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name not in state}
+
+
+def _checksum(content: str, stored: Mapping[str, Tensor]) -> str:
+    """CRC-32 of all that a file holds: safetensors has none, and a flipped bit would be another model."""
+    crc = zlib.crc32(content.encode())
+    for name in sorted(stored):
+        tensor = stored[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _encode(name: str, tensor: Tensor, stored: dict[str, Tensor]) -> None:
@@ -86,22 +114,37 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         PruningError: The file is damaged or no file of ours, or it doesn't fit the model; ``model`` is untouched.
     """
-    state, patches = _read(path)
+    state, transient, patches = _read(path)
     expected = model.state_dict()
     if set(state) != set(expected):
         missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
         raise PruningError(f"{path} doesn't fit {type(model).__name__}: it lacks {missing}, it has in excess {extra}")
-    change = fit_shapes(model, {name: list(tensor.shape) for name, tensor in state.items()})
+    buffers = _transient(model, expected)
+    transient = {  # one of another shape is a cache that the forward fills, not something that was pruned
+        name: value for name, value in transient.items() if name in buffers and _fits(value.shape, buffers[name].shape)
+    }
+    change = fit_shapes(model, {name: list(tensor.shape) for name, tensor in (state | transient).items()})
+    before = installed_patches(model)
+    values = [(tensor, tensor.detach().clone()) for tensor in named_tensors(model).values()]
     try:
         install_patches(model, patches)
         model.load_state_dict(state)
-    except Exception:
+        with torch.no_grad():
+            for name, value in transient.items():
+                model.get_buffer(name).copy_(value)
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
         change.undo()
+        remove_patches(model)
+        install_patches(model, before)
         raise
     return model
 
 
-def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[SizePatch]]:
+def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch]]:
+    """The state dict, the buffers beside it and the patches."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
@@ -111,12 +154,19 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], list[SizePatch]
     if metadata.get("lightning_prune") != FORMAT:
         raise PruningError(f"{path} was not written by save_pruned")
     try:
+        if metadata["checksum"] != _checksum(metadata["content"], stored):
+            raise ValueError("the checksum differs")
         content = json.loads(metadata["content"])
         state = {name: _decode(name, shape, stored) for name, shape in content["shapes"].items()}
         state.update({name: state[first] for name, first in content["aliases"].items()})
-        return state, [SizePatch.from_dict(patch) for patch in content["patches"]]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        transient = {name: state.pop(name) for name in content["transient"]}
+        return state, transient, [SizePatch.from_dict(patch) for patch in content["patches"]]
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _fits(small: Sequence[int], large: Sequence[int]) -> bool:
+    return len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True))
 
 
 def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
@@ -133,7 +183,7 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
         wanted = shapes.get(name)
         if wanted is None or list(tensor.shape) == list(wanted):
             continue
-        if len(wanted) != tensor.dim() or any(a > b for a, b in zip(wanted, tensor.shape, strict=True)):
+        if not _fits(wanted, tensor.shape):
             raise PruningError(
                 f"{name!r} of shape {tuple(tensor.shape)} can't be pruned to {tuple(wanted)}: another architecture"
             )

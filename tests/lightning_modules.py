@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_prune import NeuronPruning, WeightPruning
 
@@ -168,7 +169,9 @@ class Task(LightningModule):
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
     def train_dataloader(self) -> Any:
-        return DataLoader(self.data, batch_size=self.batch_size)
+        # In order, so that the processes' batches make up one process's batch; Lightning's own sampler shuffles.
+        sampler = DistributedSampler(self.data, shuffle=False) if self.trainer.world_size > 1 else None
+        return DataLoader(self.data, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> Any:
         return DataLoader(self.val_data, batch_size=8)
@@ -321,10 +324,25 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(first: Any, second: Any) -> None:
     """Two trees of tensors and plain values are bit for bit the same."""
-    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    (leaves, tree), (others, other_tree) = pytree.tree_flatten(first), pytree.tree_flatten(second)
+    assert tree == other_tree
+    for a, b in zip(leaves, others, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert a == b
 
 
 def optimizer_states(trainer: Any) -> list[Any]:
     """State of each optimizer, in the order of the parameters."""
     return [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
 
+
+
+def left_hooks(trainer: Any, module: nn.Module) -> list[Any]:
+    """The hooks that modules, parameters and optimizers still have."""
+    things = [*module.modules(), *module.parameters(), *trainer.optimizers]
+    registries = [value for thing in things for key, value in vars(thing).items() if "hook" in key]
+    registries += [p._backward_hooks for p in module.parameters()]
+    registries += [p._post_accumulate_grad_hooks for p in module.parameters()]
+    return [value for value in registries if value and not callable(value)]

@@ -23,9 +23,18 @@ TOLERANCE = 1e-10
 class Net(nn.Module):
     """Layers by name, and a forward given as a function of the network and its inputs."""
 
-    def __init__(self, run: Callable[..., Any], **layers: Any) -> None:
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        transient: Mapping[str, Tensor] | None = None,
+        **layers: Any,
+    ) -> None:
         super().__init__()
         self.run = run
+        for name, buffer in ((buffers or {}) | (transient or {})).items():
+            self.register_buffer(name, buffer, persistent=name in (buffers or {}))
         for name, layer in layers.items():
             setattr(self, name, layer)
 
@@ -231,7 +240,6 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (conv_case(nn.Conv1d(8, 6, 3), 6, 1), (3, 7)),
     "conv2d_strided_dilated": (conv_case(nn.Conv2d(8, 6, 2, stride=2, dilation=2, padding=1), 6, 2), IMAGE),
     "conv2d_same_reflect": (conv_case(nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"), 6, 2), IMAGE),
-    "conv2d_same_even": (conv_case(nn.Conv2d(8, 6, 2, padding="same"), 6, 2), IMAGE),
     "conv3d": (conv_case(nn.Conv3d(8, 6, 2, bias=False), 6, 3), (3, 4, 3, 3)),
     "transposed1d": (conv_case(nn.ConvTranspose1d(8, 6, 3, stride=2), 6, 1), (3, 5)),
     "transposed2d": (conv_case(nn.ConvTranspose2d(8, 6, 3, stride=2, output_padding=1), 6, 2), IMAGE),
@@ -269,6 +277,9 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch_norm_no_statistics": (norm_case(nn.BatchNorm2d(8, track_running_stats=False)), IMAGE),
     "batch_norm_bare": (norm_case(nn.BatchNorm2d(8, affine=False, track_running_stats=False)), IMAGE),
     "batch_norm_average": (norm_case(nn.BatchNorm2d(8, momentum=None)), IMAGE),
+    "instance_norm": (
+        lambda: Net(lambda n, x: n.b(F.instance_norm(n.a(x)).relu()), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 2, 1)),
+        IMAGE),
     "batch_norm1d": (sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), (4,)),
     "batch_norm3d": (
         sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.Sigmoid(), nn.Conv3d(8, 2, 1)), (3, 3, 3, 3)),
@@ -333,8 +344,22 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet": (resnet, (3, 8, 8)),
     "buffers": (
         lambda: Net(lambda n, x: n.b((n.a(x) - n.mean) * n.scale.view(1, -1, 1, 1)), a=nn.Conv2d(3, 8, 3),
-                    b=nn.Conv2d(8, 2, 1), mean=nn.Buffer(torch.rand(8, 1, 1)),
-                    scale=nn.Buffer(torch.rand(8) + 1, persistent=False)), IMAGE),
+                    b=nn.Conv2d(8, 2, 1), buffers={"mean": torch.rand(8, 1, 1)}, transient={"scale": torch.rand(8)}),
+        IMAGE),
+    "dot_product": (
+        lambda: Net(lambda n, x: (n.a(x) * torch.sigmoid(n.b(x))).sum(-1), a=nn.Linear(4, 8), b=nn.Linear(4, 8)), (4,)),
+    "attention_scores": (
+        lambda: Net(lambda n, x: torch.softmax(n.q(x) @ (1 + n.k(x)).mT, -1) @ x, q=nn.Linear(4, 8),
+                    k=nn.Linear(4, 8)), (5, 4)),
+    "sum_of_relu": (lambda: Net(lambda n, x: F.relu(n.a(x)).sum(1), a=nn.Conv2d(3, 8, 3)), IMAGE),
+    "sum_of_normed": (
+        lambda: Net(lambda n, x: n.b(n.a(x).sigmoid()).sum((1, 2)), a=nn.Conv2d(3, 8, 3), b=nn.BatchNorm2d(8)), IMAGE),
+    "channels_as_batch": (
+        lambda: Net(lambda n, x: n.c(n.b(n.a(x).reshape(-1, 1, 3, 3)).view(len(x), -1, 3, 3)), a=nn.Conv2d(3, 8, 3),
+                    b=nn.Conv2d(1, 1, 3, padding=1), c=nn.Conv2d(8, 2, 1)), IMAGE),
+    "linear_across": (
+        lambda: Net(lambda n, x: n.c(n.b(n.a(x).flatten(2)).sum(-1)), a=nn.Conv2d(3, 8, 3),
+                    b=nn.Linear(9, 4), c=nn.Linear(8, 2)), IMAGE),
     "unused": (
         lambda: Net(lambda n, x: n.b(n.a(x)), a=nn.Linear(4, 6), b=nn.Linear(6, 2), never=nn.Linear(6, 6)), (4,)),
 }  # fmt: skip
@@ -504,7 +529,7 @@ class Snapshot:
             facts[f"requires_grad {name}"] = tensor.requires_grad
         for number, optimizer in enumerate(self.optimizers):
             for group in optimizer.param_groups:
-                facts[f"group {number} {id(group)}"] = [*group.items(), *group["params"]]
+                facts[f"group {number} {id(group)}"] = group | dict(enumerate(group["params"]))
             for parameter, state in optimizer.state.items():
                 facts[f"state {number} {id(parameter)}"] = dict(state)
                 for key, value in state.items():
@@ -515,7 +540,7 @@ class Snapshot:
         after = self._take()
         assert set(after) == set(self.before)
         changed = [key for key, value in self.before.items() if not _same(value, after[key])]
-        assert not changed
+        assert not changed, changed
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -524,7 +549,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return list(a) == list(b) and all(_same_object(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same_object, a, b))
+        return len(a) == len(b) and all(map(_same, a, b))
     return a is b or bool(a == b)
 
 

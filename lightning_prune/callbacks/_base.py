@@ -8,9 +8,11 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune._lightning import accept_both_lightnings
-from lightning_prune.callbacks._clock import Clock, check_every, check_window
+from lightning_prune.callbacks._clock import Clock, Point, check_every, check_window
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
 from lightning_prune.pruning.plan import Plan
@@ -18,9 +20,11 @@ from lightning_prune.pruning.schedules import get_schedule
 from lightning_prune.pruning.select import check_amount, globs
 from lightning_prune.report.cost import Cost, cost_of_calls
 from lightning_prune.report.report import Report, build_report
-from lightning_prune.report.run import first_of
+from lightning_prune.report.run import measurable
 
-__all__ = ["ConfigurationError", "PruningCallback", "pruning_callbacks"]
+__all__ = ["ConfigurationError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
+
+SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 class ConfigurationError(PruningError, MisconfigurationException):
@@ -30,6 +34,12 @@ class ConfigurationError(PruningError, MisconfigurationException):
 def pruning_callbacks(trainer: Any) -> list[PruningCallback]:
     """Our callbacks among the Trainer's, in order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
+
+
+def averaged_copies(trainer: Any) -> list[nn.Module]:
+    """The copies of the module whose weights Lightning's averaging callbacks hold; they must follow the module."""
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [a.module if isinstance(a, AveragedModel) else a for a in averages if a is not None]
 
 
 class PruningCallback(Callback):
@@ -47,8 +57,8 @@ class PruningCallback(Callback):
         self,
         amount: float,
         schedule: str,
-        start: float | int,
-        end: float | int,
+        start: Point,
+        end: Point,
         every: int | str,
         include: str | list[str] | None,
         exclude: str | list[str] | None,
@@ -76,7 +86,9 @@ class PruningCallback(Callback):
         self._clock: Clock | None = None
         self._steps = 0
         self._watching = ExitStack()
-        self._calls: tuple[ModuleCall, ...] = ()
+        self._stack: ModuleStack | None = None
+        self._calls: tuple[ModuleCall, ...] | None = None
+        self._measured: tuple[tuple[ModuleCall, ...], tuple[ModuleCall, ...]] | None = None
         self._cost: Cost | None = None
         self._dense_metric: float | None = None
 
@@ -90,12 +102,14 @@ class PruningCallback(Callback):
     def _start(self, trainer: Any, pl_module: Any) -> None:
         """Check the model and prepare, before training and before anything is changed."""
 
-    def _watch(self, pl_module: Any) -> Any:
+    def _watch(self, trainer: Any, pl_module: Any) -> Any:
         """A context manager that observes the first training batch."""
+        assert self._stack is not None
         return self._stack.watch()
 
-    def _watched(self, trainer: Any, pl_module: Any) -> tuple[ModuleCall, ...]:
+    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...]:
         """What the first batch told; its module calls."""
+        assert self._stack is not None
         return tuple(self._stack.outermost)
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
@@ -119,6 +133,12 @@ class PruningCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what can be seen to be impossible before anything is set up."""
         if stage == "fit":
+            known = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+            if not known & set(SUPPORTED_STRATEGIES):
+                raise ConfigurationError(
+                    f"{type(self).__name__} works on one device and with strategy='ddp', not with "
+                    f"{type(trainer.strategy).__name__}, which shards parameters or keeps copies of them"
+                )
             if trainer.max_epochs == -1 and trainer.max_steps == -1:
                 self._resolve(trainer)
             twins = [c for c in trainer.callbacks if type(c) is type(self)]
@@ -142,27 +162,27 @@ class PruningCallback(Callback):
         """Place the schedule in the training, now that its length is known."""
         self._resolve(trainer)
         self._steps = trainer.global_step
-        self._calls = ()
+        self._calls, self._measured = None, None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Observe the first batch: what runs, on which inputs."""
-        if not self._calls:
+        if self._calls is None:
             self._stack = ModuleStack(pl_module)
-            self._watching.enter_context(self._watch(pl_module))
+            self._watching.enter_context(self._watch(trainer, pl_module))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """The first batch's forward is over."""
-        self._end_watch(trainer, pl_module)
+        """The first batch's forward is over; manual optimization may still run other parts of the model."""
+        if pl_module.automatic_optimization:
+            self._end_watch(pl_module)
 
-    def _end_watch(self, trainer: Any, pl_module: Any) -> None:
-        if not self._calls and hasattr(self, "_stack"):
+    def _end_watch(self, pl_module: Any) -> None:
+        if self._stack is not None:
             self._watching.close()
-            self._calls = self._watched(trainer, pl_module)
-            del self._stack
+            self._calls, self._stack = self._watched(pl_module), None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
-        self._end_watch(trainer, pl_module)
+        self._end_watch(pl_module)
         assert self._clock is not None
         last = trainer.is_last_batch
         final = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
@@ -187,19 +207,15 @@ class PruningCallback(Callback):
         return pruning_callbacks(trainer)[-1] is self
 
     def _log(self, pl_module: Any) -> None:
-        cost = self._current_cost(pl_module)
+        if self._measured is None:
+            self._measured = measurable(pl_module, self._calls or ())
+        if self._cost is None:  # shapes have changed
+            self._cost = cost_of_calls(pl_module, self._measured[0])
         nonzero = sum(int(p.count_nonzero()) for p in pl_module.parameters())
-        values = {
-            "sparsity": 1 - nonzero / cost.params,
-            "params": float(cost.params),
-            "macs": float(cost.macs),
-        }
+        values = {"sparsity": 1 - nonzero / self._cost.params, "params": float(self._cost.params)}
+        if self._measured[0]:
+            values["macs"] = float(self._cost.macs)
         pl_module.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-    def _current_cost(self, pl_module: Any) -> Cost:
-        if self._cost is None:
-            self._cost = cost_of_calls(pl_module, first_of(self._calls))
-        return self._cost
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Remember the metric of the model while it is still whole."""
@@ -217,7 +233,7 @@ class PruningCallback(Callback):
             report = build_report(
                 pl_module,
                 plan,
-                self._calls,
+                *(self._measured or ((), ())),
                 metric=self.monitor,
                 dense_value=self._dense_metric,
                 pruned_value=None if metric is None else float(metric),
@@ -242,7 +258,7 @@ class PruningCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""
         self._watching.close()
-        self._calls = ()
+        self._stack, self._calls, self._measured = None, None, None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["Clock", "check_every", "check_window"]
+__all__ = ["Clock", "Point", "check_every", "check_window"]
 
-Point = float | int
+Point = int | float
+"""An epoch or a fraction of training. int first: LightningCLI takes the first type that a value fits."""
 
 
 def check_window(start: Any, end: Any) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, pruning_callbacks
+from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
+from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import PruningError
 from lightning_prune.export import fit_shapes
-from lightning_prune.graph.callsites import ModuleCall, install_patches
+from lightning_prune.graph.callsites import ModuleCall, install_patches, remove_patches
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, traced
 from lightning_prune.graph.trace import Trace, Tracer
@@ -29,11 +32,12 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import named_tensors
+from lightning_prune.pruning.surgery import enlarge, named_tensors
 
 __all__ = ["NeuronPruning"]
 
-SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+METADATA = "lightning_prune"
+"""Where in a state dict's metadata the callback's state stands: a file of weights alone has nothing else."""
 
 
 class NeuronPruning(PruningCallback):
@@ -81,8 +85,8 @@ class NeuronPruning(PruningCallback):
         criterion: str = "l1",
         scope: str = "global",
         schedule: str = "cubic",
-        start: float | int = 0.0,
-        end: float | int = 0.5,
+        start: Point = 0.0,
+        end: Point = 0.5,
         every: int | str = "epoch",
         round_to: int = 1,
         include: str | list[str] | None = None,
@@ -111,36 +115,35 @@ class NeuronPruning(PruningCallback):
         self.groups_: Groups | None = None
         self._allowed = torch.empty(0, dtype=torch.bool)
         self._dense: Dense | None = None
-        self._load_hook: RemovableHandle | None = None
+        self._macs = 0.0
+        self._state_hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse strategies that can't follow; make a checkpoint of a pruned model fit before it is loaded."""
+        """Refuse processes whose model is lost; make a checkpoint of a pruned model fit before it is loaded."""
         super().setup(trainer, pl_module, stage)
-        names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        spawned = "MultiProcessing" in type(trainer.strategy.launcher).__name__
-        if stage == "fit" and (spawned or not names & set(SUPPORTED_STRATEGIES)):
+        if stage == "fit" and "MultiProcessing" in type(trainer.strategy.launcher).__name__:
             raise ConfigurationError(
-                f"NeuronPruning works on one device and with strategy='ddp', not with "
-                f"{type(trainer.strategy).__name__}{' in spawned processes' if spawned else ''}"
+                "NeuronPruning can't bring a smaller model back from forked or spawned processes; "
+                "start them with strategy='ddp'"
             )
-        self._load_hook = _before_load(pl_module)
+        # Functions, not methods: a copy of the module must not copy this callback.
+        self._state_hooks = [
+            pl_module._register_state_dict_hook(lambda *args: self._describe(*args)),
+            pl_module._register_load_state_dict_pre_hook(lambda *args: self._reshape(*args), with_module=True),
+        ]
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         if any(isinstance(other, NeuronPruning) and other is not self for other in trainer.callbacks):
             raise ConfigurationError("only one NeuronPruning callback can be in the Trainer's callbacks")
-        shapes = {name: list(tensor.shape) for name, tensor in named_tensors(pl_module).items()}
-        small = {
-            name: [len(dims.get(dim, range(size))) for dim, size in enumerate(self.plan_.shapes[name])]
-            for name, dims in self.plan_.kept.items()
-        }
-        if any(shapes.get(name) != shape for name, shape in small.items()):
-            self.plan_, self._dense, self.amount_ = Plan({}, {}), None, 0.0  # another model: start anew
+        if not _made_by(self.plan_, pl_module):
+            self.plan_, self._dense, self.amount_ = Plan({}, {}), None, 0.0  # nothing gone yet, or another model
         install_patches(pl_module, self.plan_.patches)
         self.groups_ = None
         inputs = self.example_inputs
         if inputs is None:
             inputs = getattr(pl_module, "example_input_array", None)
         if inputs is not None:
+            inputs = trainer.precision_plugin.convert_input(inputs)
             calls = tuple(_to_device(call, pl_module.device) for call in as_calls(inputs))
             self._take(traced(pl_module, calls))
 
@@ -150,7 +153,12 @@ class NeuronPruning(PruningCallback):
         try:
             allowed = pick(groups, globs("include", self.include), globs("exclude", self.exclude), self.exact_only)
             check_prunable(groups, allowed)
-            self._dense = self._dense or measure_dense(groups, allowed)
+            macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
+            if self._dense is None:
+                self._dense = measure_dense(groups, allowed)
+            elif self._macs:  # traced on other inputs than before, a batch of another size for one
+                self._dense = replace(self._dense, macs=self._dense.macs * (macs / self._macs))
+            self._macs = macs
             self._select(groups, allowed, self._scores_of_size(groups), self.amount)
         except PruningError as error:
             raise ConfigurationError(f"NeuronPruning: {error}") from None
@@ -171,17 +179,35 @@ class NeuronPruning(PruningCallback):
             scope=self.scope,
             round_to=self.round_to,
             dense=self._dense,
+            on_the_way=amount < self.amount,
         )
 
-    def _watch(self, pl_module: Any) -> Any:
+    def _watch(self, trainer: Any, pl_module: Any) -> Any:
         if self.groups_ is not None:
-            return super()._watch(pl_module)
-        self._tracer = Tracer(pl_module)
-        return self._tracer.watch()
+            return super()._watch(trainer, pl_module)
+        self._tracer = Tracer(pl_module, wrapped=trainer.strategy.model is not pl_module)
+        return self._tracer.watch() if pl_module.automatic_optimization else self._watch_steps(trainer)
 
-    def _watched(self, trainer: Any, pl_module: Any) -> tuple[ModuleCall, ...]:
+    @contextmanager
+    def _watch_steps(self, trainer: Any) -> Iterator[None]:
+        """Watch a whole batch of manual optimization, its optimizer steps aside."""
+        tracer = self._tracer
+
+        def step(stepping: bool) -> Callable[..., None]:
+            return lambda *_: setattr(tracer, "stepping", stepping)
+
+        handles = [optimizer.register_step_pre_hook(step(True)) for optimizer in trainer.optimizers]
+        handles += [optimizer.register_step_post_hook(step(False)) for optimizer in trainer.optimizers]
+        try:
+            with tracer.watch():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...]:
         if self.groups_ is not None:
-            return super()._watched(trainer, pl_module)
+            return super()._watched(pl_module)
         trace = self._tracer.trace
         del self._tracer
         self._take(trace)
@@ -196,8 +222,11 @@ class NeuronPruning(PruningCallback):
             return
         plan = remove_neurons(pl_module, self.groups_, alive, optimizers=trainer.optimizers, verify=self.verify)
         self.groups_ = self.groups_.without(alive)
+        self._macs = self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
         self._allowed = self._allowed[alive]
         self.plan_ = self.plan_.then(plan)
+        for copy in averaged_copies(trainer):
+            plan.apply(copy)
         strategy = trainer.strategy
         if hasattr(strategy, "configure_ddp"):  # DDP's buckets hold the old parameters
             strategy.model = pl_module
@@ -214,20 +243,53 @@ class NeuronPruning(PruningCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model, except sizes that had to be rewritten in a forward."""
         super().teardown(trainer, pl_module, stage)
-        if self._load_hook is not None:
-            self._load_hook.remove()
-            self._load_hook = None
+        self._release()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing of ours in the model."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def _release(self) -> None:
+        for hook in self._state_hooks:
+            hook.remove()
+        self._state_hooks = []
 
     def state_dict(self) -> dict[str, Any]:
         """The plan and what the amount is a fraction of, as plain data."""
         dense = None if self._dense is None else asdict(self._dense)
-        return {"amount": self.amount_, "plan": self.plan_.to_dict(), "dense": dense}
+        return {"amount": self.amount_, "plan": self.plan_.to_dict(), "dense": dense, "macs": self._macs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
         self.amount_ = state_dict["amount"]
         self.plan_ = Plan.from_dict(state_dict["plan"])
         self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
+        self._macs = state_dict["macs"]
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Describe the state dict of a checkpoint that is saved after ``fit`` too."""
+        metadata = getattr(checkpoint["state_dict"], "_metadata", {})
+        metadata.setdefault("", {})[METADATA] = self.state_dict()
+
+    def _describe(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
+        metadata[METADATA] = self.state_dict()
+
+    def _reshape(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+        """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger."""
+        plan = Plan.from_dict(metadata[METADATA]["plan"]) if METADATA in metadata else Plan({}, {})
+        if not _made_by(plan, module):
+            made = _made_by(self.plan_, module)
+            dense = {**_shapes(module), **(self.plan_.shapes if made else {})}
+            if METADATA not in metadata or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
+                loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+                fit_shapes(module, {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)})
+                return
+            if made:
+                remove_patches(module)
+                enlarge(module, self.plan_.shapes, self.plan_.attributes)
+            plan.apply(module)
+        self.load_state_dict(metadata[METADATA])
 
 
 def _to_device(call: ModuleCall, device: torch.device) -> ModuleCall:
@@ -238,16 +300,14 @@ def _to_device(call: ModuleCall, device: torch.device) -> ModuleCall:
     return ModuleCall(call.path, tree_map(move, call.args), tree_map(move, call.kwargs))
 
 
-def _before_load(pl_module: nn.Module) -> RemovableHandle:
-    """Shrink the module to the shapes of a state dict that is about to be loaded into it."""
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in named_tensors(module).items()}
 
-    def reshape(module: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-        shapes = {
-            name.removeprefix(prefix): list(tensor.shape)
-            for name, tensor in state_dict.items()
-            if name.startswith(prefix) and isinstance(tensor, Tensor)
-        }
-        fit_shapes(module, shapes)
 
-    handle: RemovableHandle = pl_module._register_load_state_dict_pre_hook(reshape, with_module=True)
-    return handle
+def _made_by(plan: Plan, module: nn.Module) -> bool:
+    """Whether the module has the architecture that a plan leads to."""
+    shapes = _shapes(module)
+    return bool(plan) and all(
+        shapes.get(name) == [len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[name])]
+        for name, dims in plan.kept.items()
+    )

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks._base import ConfigurationError, PruningCallback
+from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies
+from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.criteria import WEIGHT_CRITERIA, get_criterion
 from lightning_prune.pruning.masks import Masks, apply_masks, mask_optimizer
@@ -58,8 +59,8 @@ class WeightPruning(PruningCallback):
         criterion: str = "l1",
         scope: str = "global",
         schedule: str = "cubic",
-        start: float | int = 0.0,
-        end: float | int = 0.75,
+        start: Point = 0.0,
+        end: Point = 0.75,
         every: int | str = "epoch",
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -122,6 +123,8 @@ class WeightPruning(PruningCallback):
         apply_masks(self._bound, self.masks_)
         for optimizer in trainer.optimizers:
             mask_optimizer(optimizer, self._bound, self.masks_)
+        for copy in averaged_copies(trainer):  # an average of zeros stays zero
+            apply_masks(dict(copy.named_parameters()), self.masks_)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         apply_masks(self._bound, self.masks_)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
 
@@ -28,6 +29,7 @@ __all__ = [
     "PatchedForward",
     "SizeChecker",
     "SizePatch",
+    "in_backward",
     "install_patches",
     "installed_patches",
     "remove_patches",
@@ -42,6 +44,11 @@ SIZED_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
 """Functions whose integers name the sizes of the result, one per dimension."""
 
 _NAME_OF = {function: name for name, functions in SIZED_FUNCTIONS.items() for function in functions}
+
+
+def in_backward() -> bool:
+    """Whether gradients are flowing back right now: a checkpointed forward runs a second time then."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True, order=True)
@@ -77,8 +84,8 @@ class SizePatch:
         """From what `to_dict` gave."""
         if data["function"] not in SIZED_FUNCTIONS:
             raise PruningError(f"unknown function {data['function']!r}; known: {', '.join(SIZED_FUNCTIONS)}")
-        site = CallSite(data["module"], data["function"], data["call"])
-        return cls(site, data["dim"], data["size"])
+        site = CallSite(str(data["module"]), data["function"], int(data["call"]))
+        return cls(site, int(data["dim"]), int(data["size"]))
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,11 @@ class ModuleStack:
     _running: list[tuple[str | None, dict[str, int]]] = field(default_factory=list)
 
     @property
+    def running(self) -> bool:
+        """Whether any module of the model is running."""
+        return bool(self._running)
+
+    @property
     def path(self) -> str:
         """Path of the innermost running module ("" for the model itself or none)."""
         return next((path for path, _ in reversed(self._running) if path is not None), "")
@@ -116,20 +128,35 @@ class ModuleStack:
                 calls[function] = number + 1
         return number
 
+    def _note(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModuleCall:
+        """The call, without what would keep the activations of this run alive."""
+        if not self.is_outside((args, kwargs)):
+            return ModuleCall(path, (), {}, repeatable=False)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach() if t.requires_grad else t, (args, kwargs))
+        return ModuleCall(path, args, kwargs)
+
     @contextmanager
     def watch(self) -> Iterator[ModuleStack]:
         """Follow the model's module calls; ``on_leave`` hears the output of each outermost one."""
         paths = {module: path for path, module in self.model.named_modules()}
+        # Running a metric or a loss again would tell nothing, and count an example twice.
+        owners = {module for module in paths if next(module.parameters(), None) is not None}
+        entered: list[nn.Module] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Lightning sends training_step through DDP by putting a plain function in forward's place for
             # one call; such a call is not the module's own forward and can't be repeated as one.
-            path = None if isinstance(module.__dict__.get("forward"), FunctionType) else paths[module]
-            if path is not None and all(other is None for other, _ in self._running):
-                self.outermost.append(ModuleCall(path, args, kwargs, self.is_outside((args, kwargs))))
+            redirected = isinstance(module.__dict__.get("forward"), FunctionType)
+            path = None if redirected or in_backward() else paths[module]
+            if module in owners and path is not None and all(other is None for other, _ in self._running):
+                self.outermost.append(self._note(path, args, kwargs))
             self._running.append((path, {}))
+            entered.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if not entered or entered[-1] is not module:  # a hook of the user's raised before ours came to enter
+                return
+            entered.pop()
             path, _ = self._running.pop()
             if path is not None and all(other is None for other, _ in self._running):
                 self.on_leave(path, output)
@@ -153,8 +180,8 @@ def sizes_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The integers of a sized call: ``(x, 2, -1)``, ``(x, (2, -1))`` and ``(x, shape=(2, -1))`` alike."""
     found: list[Any] = []
     for item in (*args[1:], *kwargs.values()):
-        found.extend(item if isinstance(item, list | tuple) else [item])
-    return [size for size in found if isinstance(size, int | torch.SymInt)]
+        found.extend(item if isinstance(item, (list, tuple)) else [item])
+    return [size for size in found if isinstance(size, (int, torch.SymInt))]
 
 
 def _with_sizes(
@@ -200,7 +227,8 @@ class PatchedForward:
         self.module = module
         self.patches = patches
         inner = module.__dict__.get("forward")  # an instance-level forward of the user's own
-        self.inner = None if getattr(inner, "__func__", None) is type(module).forward else inner
+        own = getattr(inner, "__func__", None) is type(module).forward and getattr(inner, "__self__", None) is module
+        self.inner = None if own else inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, sizes rewritten."""
@@ -259,12 +287,13 @@ def installed_patches(model: nn.Module) -> list[SizePatch]:
 
 
 class SizeChecker(TorchFunctionMode):
-    """Runs sized calls with the sizes they should have and notes in ``wrong`` those that asked for others."""
+    """Runs sized calls with the sizes they should have; notes all it saw, and in ``wrong`` what others asked for."""
 
     def __init__(self, stack: ModuleStack, expected: Mapping[CallSite, Mapping[int, int]]) -> None:
         super().__init__()
         self.stack = stack
         self.expected = expected
+        self.seen: set[CallSite] = set()
         self.wrong: dict[CallSite, dict[int, int]] = {}
 
     def __torch_function__(
@@ -275,6 +304,7 @@ class SizeChecker(TorchFunctionMode):
         number = self.stack.count(name) if name is not None else None
         if name is not None and number is not None:
             site = CallSite(self.stack.path, name, number)
+            self.seen.add(site)
             given = sizes_given(args, kwargs)
             expected = self.expected.get(site, {})
             wrong = {dim: size for dim, size in expected.items() if given[dim] not in (-1, size)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, overload
 
@@ -85,13 +86,32 @@ class Extent:
 
     def kept(self, alive: Tensor) -> Tensor:
         """The indices that remain, given which neurons are alive (bool, one per neuron)."""
-        stays = self.unit_of == NO_UNIT
-        return (stays | alive[self.unit_of.clamp(min=0)]).nonzero().squeeze(1)
+        stays = torch.cat([alive, alive.new_ones(1)])[self.unit_of]  # NO_UNIT reads the last one
+        return stays.nonzero().squeeze(1)
 
     def without(self, alive: Tensor, renumber: Tensor) -> Extent:
         """The same dimension after a removal."""
         unit_of = self.unit_of[self.kept(alive)]
         return Extent(torch.where(unit_of == NO_UNIT, NO_UNIT, renumber[unit_of.clamp(min=0)]))
+
+
+Extents = tuple[Tensor, Tensor]
+"""Several extents in a row: the numbers of their neurons, and where each extent ends."""
+
+
+def _join(extents: Sequence[Extent], neurons: int) -> Extents:
+    sizes = torch.tensor([0, *(len(extent.unit_of) for extent in extents)])
+    units = torch.cat([extent.unit_of for extent in extents]) if extents else torch.empty(0, dtype=torch.long)
+    return torch.where(units == NO_UNIT, neurons, units), torch.cumsum(sizes, 0)
+
+
+def _shares(extents: Extents, alive: Tensor) -> list[float]:
+    """Which fraction of each extent stays when only ``alive`` neurons do."""
+    units, ends = extents
+    stays = torch.cat([alive, alive.new_ones(1)])[units]
+    counts = torch.cat([stays.new_zeros(1, dtype=torch.long), torch.cumsum(stays, 0)])[ends].diff()
+    shares: list[float] = (counts.double() / ends.diff()).tolist()
+    return shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,21 +187,24 @@ class Groups(Sequence[Group]):
 
     def macs(self, alive: Tensor) -> float:
         """MACs of the traced run when only ``alive`` neurons stay."""
-        return sum(
-            macs * prod(len(extent.kept(alive)) / len(extent.unit_of) for extent in factors)
-            for macs, factors in self.costs
-        )
+        left = iter(_shares(self._factors, alive))
+        return sum(macs * prod(next(left) for _ in factors) for macs, factors in self.costs)
+
+    @cached_property
+    def _factors(self) -> Extents:
+        return _join([extent for _, factors in self.costs for extent in factors], self.neurons)
+
+    @cached_property
+    def _dims(self) -> Extents:
+        return _join([self.extents[key] for key in self.extents if key[0] in self.parameters], self.neurons)
 
     def params(self, alive: Tensor) -> int:
         """Elements of all traced parameters when only ``alive`` neurons stay."""
-        total = 0
-        for name in self.parameters:
-            sizes = list(self.shapes[name])
-            for dim in range(len(sizes)):
-                if (name, dim) in self.extents:
-                    sizes[dim] = len(self.extents[name, dim].kept(alive))
-            total += prod(sizes)
-        return total
+        sizes = {name: float(prod(self.shapes[name])) for name in self.parameters}
+        keys = [key for key in self.extents if key[0] in self.parameters]
+        for (name, _), share in zip(keys, _shares(self._dims, alive), strict=True):
+            sizes[name] *= share
+        return round(sum(sizes.values()))
 
     def without(self, alive: Tensor) -> Groups:
         """The groups after all but the ``alive`` neurons are gone, as a new trace would find them."""
@@ -202,7 +225,7 @@ class Groups(Sequence[Group]):
             start += size
         return replace(
             self,
-            groups=(*prunable, *self.frozen),
+            groups=(*prunable, *(self._moved(group, alive) for group in self.frozen)),
             extents=extents,
             shapes=shapes,
             sized={key: extent.without(alive, renumber) for key, extent in self.sized.items()},
@@ -214,6 +237,13 @@ class Groups(Sequence[Group]):
                 for macs, factors in self.costs
             ),
         )
+
+    def _moved(self, group: Group, alive: Tensor) -> Group:
+        """A frozen group: its indices stay, but move up where others in the same dimension are gone."""
+        slices = tuple(
+            replace(s, index=torch.searchsorted(self.extents[s.name, s.dim].kept(alive), s.index)) for s in group.slices
+        )
+        return replace(group, slices=slices)
 
     def __str__(self) -> str:
         rows = []
@@ -299,7 +329,7 @@ def draw_groups(trace: Trace) -> Groups:
 
 
 def _slice(leaf: Leaf, unit_of: Tensor, size: int, made: Tensor) -> Slice:
-    role: Role = "makes" if bool(made[leaf.labels].any()) else "reads" if len(leaf.shape) > 1 else "follows"
+    role: Role = "makes" if bool(made[leaf.labels].any()) else "reads" if leaf.rank > 1 else "follows"
     return Slice(leaf.name, leaf.dim, _index(unit_of, 0, size), role)
 
 
@@ -310,8 +340,8 @@ def _assemble(trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_
     return Groups(
         groups=groups,
         extents={(leaf.name, leaf.dim): extent(leaf.labels) for leaf in trace.leaves},
-        shapes={leaf.name: leaf.shape for leaf in trace.leaves},
-        parameters=frozenset(leaf.name for leaf in trace.leaves if leaf.is_parameter),
+        shapes=dict(trace.shapes),
+        parameters=frozenset(trace.parameters),
         sized={key: extent(labels) for key, labels in trace.sized.items()},
         costs=tuple((c.macs, tuple(map(extent, c.factors))) for c in trace.contractions),
         calls=tuple(trace.calls),
@@ -336,7 +366,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
         1 prunable groups, 3 neurons
           0      3  read by 2 (exact)
         2 frozen
-          0.weight[1]                  4  reads a fixed input: the model's own or a constant (addmm in 0)
+          0.weight[1]                 4  reads a fixed input: the model's own or a constant (addmm in 0)
           2.weight[0], 2.bias[0]      2  reaches the model's output
     """
     if not isinstance(model, nn.Module):

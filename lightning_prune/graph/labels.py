@@ -42,6 +42,7 @@ class LabelBook:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
+    filled: set[int] = field(default_factory=set)
 
     def new(self, size: int) -> Tensor:
         """Allocate ``size`` fresh labels in a row."""
@@ -77,6 +78,24 @@ class LabelBook:
         """State that an operation reads these indices together, so that masking one changes the others."""
         if labels is not None:
             self.mixed.append((labels, reason))
+
+    def fill(self, labels: Tensor | None) -> Tensor | None:
+        """The same indices, where an operation leaves other values than zero in masked places (``sigmoid``).
+
+        They go together with those that came in, but have labels of their own: a sum over them isn't the same
+        sum without them.
+        """
+        if labels is None or self.is_filled(labels):
+            return labels
+        known, places = labels.unique(return_inverse=True)
+        fresh = self.new(len(known))
+        self.filled.update(fresh.tolist())
+        fresh = torch.where(labels == FIXED, FIXED, fresh[places])
+        return self.unify(fresh, labels, "")
+
+    def is_filled(self, labels: Tensor) -> bool:
+        """Whether masked places may hold other values than zero."""
+        return not self.filled.isdisjoint(labels.tolist())
 
     def produce(self, labels: Tensor | None) -> None:
         """State that a contraction makes these indices: they are a layer's neurons, not its inputs."""

@@ -14,7 +14,7 @@ from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
 
-__all__ = ["as_calls", "run_calls", "traced", "undisturbed"]
+__all__ = ["as_calls", "run_calls", "same_buffers", "traced", "undisturbed"]
 
 
 def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
@@ -59,10 +59,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """A forward may put a new tensor in a buffer's place (``self.mean = ...``): the old ones come back afterwards."""
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for registry, buffers in held:
+            registry.update(buffers)
+
+
 def run_calls(model: nn.Module, calls: Sequence[ModuleCall]) -> list[Any]:
     """Run the model's calls again, in order, without gradients."""
     modules = dict(model.named_modules())
-    with torch.no_grad():
+    with torch.no_grad(), same_buffers(model):
         return [modules[call.path](*call.args, **call.kwargs) for call in calls]
 
 

@@ -7,17 +7,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_prune.graph.callsites import CallRecorder, CallSite, ModuleCall, ModuleStack
+from lightning_prune.graph.callsites import CallRecorder, CallSite, ModuleCall, ModuleStack, in_backward
 from lightning_prune.graph.labels import LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 
 __all__ = ["Contraction", "Leaf", "Trace", "Tracer"]
+
+_aten = torch.ops.aten
+_FLOPS = {  # torch has no formula for the attention that it runs on the CPU
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,7 @@ class Leaf:
     name: str
     dim: int
     labels: Tensor
-    shape: tuple[int, ...]
-    is_parameter: bool
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Trace:
     """What one or several runs of a model told."""
 
     leaves: list[Leaf] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: set[str] = field(default_factory=set)
     book: LabelBook = field(default_factory=LabelBook)
     sized: dict[tuple[CallSite, int], Tensor] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
@@ -62,6 +70,8 @@ class _Dispatch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self.tracer.listening:
+            return func(*args, **kwargs)
         if find_rule(func) is None and func.namespace == "aten":
             # In inference mode composite operations arrive whole; what they consist of has rules.
             with self:
@@ -79,16 +89,20 @@ class Tracer:
     Labels of activations live in a dictionary with weak keys, so a trace holds no tensor alive.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, wrapped: bool = False) -> None:
+        """Prepare to watch ``model``; ``wrapped``: it is called by another module, such as DDP, never directly."""
         self.trace = Trace()
+        self.stepping = False
+        self._wrapped = wrapped
         self._dims: Any = WeakTensorKeyDictionary()
         self._unread = {id(p): name for name, p in model.named_parameters()}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside)
-        parameters = {id(p) for p in model.parameters()}
+        self.trace.parameters.update(name for name, _ in model.named_parameters())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._add_leaf(name, tensor, id(tensor) in parameters)
+            self._add_leaves(name, tensor)
 
-    def _add_leaf(self, name: str, tensor: Tensor, is_parameter: bool) -> None:
+    def _add_leaves(self, name: str, tensor: Tensor) -> None:
+        self.trace.shapes[name] = tuple(tensor.shape)
         dims: list[Tensor | None] = []
         for dim, size in enumerate(tensor.shape):
             if size < 2:  # the last index of a dimension never goes, and such dimensions broadcast
@@ -96,7 +110,7 @@ class Tracer:
                 continue
             labels = self.trace.book.new(size)
             dims.append(labels)
-            self.trace.leaves.append(Leaf(name, dim, labels, tuple(tensor.shape), is_parameter))
+            self.trace.leaves.append(Leaf(name, dim, labels, tensor.dim()))
         self._dims[tensor] = tuple(dims)
 
     @contextmanager
@@ -108,6 +122,16 @@ class Tracer:
             stack.enter_context(_Dispatch(self))
             yield self.trace
         self.trace.calls = self._stack.outermost
+
+    @property
+    def listening(self) -> bool:
+        """Not while gradients flow back or an optimizer steps: that says nothing of what belongs together.
+
+        Nor does what a wrapper does around the model's call: DDP flattens all buffers to broadcast them. The
+        closure that an optimizer may call runs with gradients enabled, unlike the step around it.
+        """
+        in_step = self.stepping and not torch.is_grad_enabled()
+        return not (in_step or in_backward() or (self._wrapped and not self._stack.running))
 
     @property
     def unread(self) -> list[str]:
@@ -137,6 +161,7 @@ class Tracer:
         call = Call(func, args, kwargs, out, self._stack.path, book, self._dims.get)
         found = find_rule(func)
         if found is None:
+            self._count(call)
             if func.namespace in ("c10d", "_c10d_functional"):  # collectives of DDP change no shape
                 return
             call.freeze_all(f"no rule for {func} ({call})")
@@ -148,9 +173,12 @@ class Tracer:
         for tensor, dims in zip(outs, result if isinstance(result, list) else [result], strict=False):
             if any(labels is not None for labels in dims):
                 self._dims[tensor] = dims
-        count = flop_registry.get(func.overloadpacket)
+        self._count(call)
+
+    def _count(self, call: Call) -> None:
+        count = _FLOPS.get(call.func.overloadpacket)
         if count is not None:
-            macs = int(count(*args, **kwargs, out_val=out)) // 2
+            macs = int(count(*call.args, **call.kwargs, out_val=call.out)) // 2
             self.trace.contractions.append(Contraction(call.path, macs, tuple(call.factors)))
 
     def _sized_call(self, site: CallSite | None, sizes: list[Any], result: Tensor) -> None:

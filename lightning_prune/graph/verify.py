@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.run import same_buffers
 
 __all__ = ["TOLERANCE", "compare_outputs", "masked_outputs", "masked_tensors"]
 
@@ -39,7 +40,7 @@ def masked_outputs(model: nn.Module, masked: Mapping[str, Tensor], calls: Sequen
     for call in calls:
         prefix = f"{call.path}." if call.path else ""
         inside = {name.removeprefix(prefix): t for name, t in masked.items() if name.startswith(prefix)}
-        with torch.no_grad():
+        with torch.no_grad(), same_buffers(model):
             outputs.append(functional_call(modules[call.path], inside, call.args, call.kwargs))
     return outputs
 

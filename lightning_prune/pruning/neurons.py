@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,9 @@ def remove_neurons(
 
     Raises:
         SurgeryError: The pruned model fails or differs where it must not; everything is as it was.
+
+    Warns:
+        UserWarning: A call can't be repeated in evaluation mode, so that it could not be checked.
     """
     kept = groups.kept(alive)
     tensors = named_tensors(model)
@@ -150,7 +153,6 @@ def remove_neurons(
         names.setdefault(id(tensor), []).append(name)
     aliases = {alias: name for name in kept for alias in names[id(tensors[name])]}
     shapes = {alias: list(tensors[alias].shape) for alias in aliases}
-    calls = [call for call in groups.calls if call.repeatable]
     before = installed_patches(model)
     touched = [
         group
@@ -160,19 +162,22 @@ def remove_neurons(
     compare = verify and all(group.exact for group in touched)
     with undisturbed(model):
         model.eval()
-        expected = masked_outputs(model, masked_tensors(tensors, kept), calls) if compare else []
+        calls, expected = _run_masked(model, masked_tensors(tensors, kept), groups.calls)
         change = shrink(model, kept, optimizers)
         try:
             patches, actual = _patch_sizes(model, groups, alive, calls)
             if patches and compare:
                 actual = run_calls(model, calls)
-            for call, a, b in zip(calls, expected, actual, strict=True) if compare else ():
-                if call.path == "" or _same_shapes(a, b):  # a part's output may shrink, the model's never
+            for call, a, b in zip(calls, expected, actual, strict=True):
+                # A part's output may shrink, the model's never.
+                if compare and (call.path == "" or _same_shapes(a, b)):
                     compare_outputs(a, b)
-        except Exception as error:
+        except BaseException as error:
             change.undo()
             remove_patches(model)
             install_patches(model, before)
+            if not isinstance(error, Exception):  # such as the user's Ctrl-C
+                raise
             made_by = ", ".join(group.name for group in touched)
             raise SurgeryError(f"Can't remove neurons of {made_by}: {error}\nThe model is as it was.") from error
     return Plan(
@@ -185,32 +190,50 @@ def remove_neurons(
     )
 
 
+def _run_masked(
+    model: nn.Module, masked: Mapping[str, Tensor], calls: Sequence[ModuleCall]
+) -> tuple[list[ModuleCall], list[Any]]:
+    """What the masked model gives; without the calls that can't be repeated, such as those that need training mode."""
+    repeated: list[ModuleCall] = []
+    outputs: list[Any] = []
+    for call in calls:
+        if not call.repeatable:
+            continue
+        try:
+            outputs += masked_outputs(model, masked, [call])
+        except Exception as error:  # whatever the user's forward raises: it is the whole model that fails here
+            warnings.warn(
+                f"{call.path or type(model).__name__} raised {type(error).__name__} when run again in evaluation mode "
+                f"({error}): its removal is not checked",
+                stacklevel=3,
+            )
+        else:
+            repeated.append(call)
+    return repeated, outputs
+
+
 def _patch_sizes(
     model: nn.Module, groups: Groups, alive: Tensor, calls: Sequence[ModuleCall]
 ) -> tuple[list[SizePatch], list[Any]]:
     """Find the sized calls that still ask for the old size and make them follow; also the outputs of the run.
 
-    A size that the forward computes from its input is right by itself; only running it tells.
+    A size that the forward computes from its input is right by itself; only running it tells. What the run does not
+    reach, such as a branch of training mode, gets the new size written in.
     """
     sizes = groups.sizes(alive)
     stack = ModuleStack(model)
     checker = SizeChecker(stack, sizes)
     with stack.watch(), checker:
         outputs = run_calls(model, calls)
-    rerun = {call.path for call in calls}
     patches = [
         SizePatch(site, dim, size)
         for site, dims in sizes.items()
         for dim, size in dims.items()
         if (dim in checker.wrong.get(site, ()))
-        or (size != len(groups.sized[site, dim].unit_of) and not _inside(site.module, rerun))
+        or (size != len(groups.sized[site, dim].unit_of) and site not in checker.seen)
     ]
     install_patches(model, patches)
     return patches, outputs
-
-
-def _inside(module: str, paths: Iterable[str]) -> bool:
-    return any(path == "" or module == path or module.startswith(f"{path}.") for path in paths)
 
 
 def _same_shapes(a: Any, b: Any) -> bool:

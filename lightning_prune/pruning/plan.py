@@ -73,7 +73,7 @@ class Plan:
                 approximate=dict(data["approximate"]),
                 frozen=dict(data["frozen"]),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise PruningError(f"not a plan: {type(error).__name__}: {error}") from error
 
     def apply(self, model: nn.Module) -> None:
@@ -93,7 +93,7 @@ class Plan:
         change = shrink(model, self.kept)
         try:
             install_patches(model, self.patches)
-        except PruningError:
+        except BaseException:
             change.undo()
             raise
 

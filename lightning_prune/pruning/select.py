@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ class Dense:
         neurons: Neurons that may go, in all groups.
         params: Elements of all parameters.
         macs: MACs of the traced run.
-        sizes: Neurons per group, by its key.
+        sizes: Neurons per group that may shrink, by its key.
     """
 
     neurons: int
@@ -131,7 +130,8 @@ class Dense:
 def measure_dense(groups: Groups, allowed: Tensor) -> Dense:
     """The dense whole of groups that nothing was removed from yet."""
     alive = torch.ones(groups.neurons, dtype=torch.bool)
-    sizes = {key: group.size for key, group in zip(groups.keys, groups.prunable, strict=True)}
+    owned = zip(groups.keys, groups.prunable, groups.ranges, strict=True)
+    sizes = {key: group.size for key, group, numbers in owned if bool(allowed[numbers.start])}
     return Dense(int(allowed.sum()), groups.params(alive), groups.macs(alive), sizes)
 
 
@@ -145,6 +145,7 @@ def select_neurons(
     scope: str = "global",
     round_to: int = 1,
     dense: Dense,
+    on_the_way: bool = False,
 ) -> Tensor:
     """Choose which neurons stay: the least important go until ``amount`` of ``dense`` is gone.
 
@@ -155,9 +156,11 @@ def select_neurons(
         amount: Fraction of ``dense`` that is to be gone, [0, 1).
         of: What the fraction is of: ``"neurons"`` (met to the nearest), ``"params"`` or ``"macs"`` (at or just
             past it).
-        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group.
+        scope: ``"global"`` ranks all neurons together, by score, or where ``of`` is a cost by what saving it costs
+            (share of the group's remaining score per unit saved); ``"layer"`` takes the same fraction of each group.
         round_to: Groups shrink to multiples of this only.
         dense: What the model was before any pruning.
+        on_the_way: A later step will remove more: stay just short of the budget, for what is gone can't come back.
 
     Returns:
         Bool (neurons,): which stay. Every group keeps at least ``round_to`` neurons.
@@ -165,29 +168,61 @@ def select_neurons(
     Raises:
         PruningError: The budget can't be reached; the message says what can.
     """
-    blocks = _blocks(groups, scores, allowed, scope, round_to, dense)
-    order = torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.long)
-    ends = [0, *accumulate(map(len, blocks))]
-
-    def after(count: int) -> Tensor:
-        left = torch.ones(groups.neurons, dtype=torch.bool)
-        left[order[: ends[count]]] = False
-        return left
-
     measure, whole = _measure(groups, allowed, of, dense)
+    blocks = _blocks(groups, scores, allowed, scope, round_to, dense, None if of == "neurons" else measure)
     goal = whole - round(amount * whole) if of == "neurons" else whole * (1 - amount) * (1 + 1e-9)
-    if measure(after(len(blocks))) > goal:
-        reachable = 1 - measure(after(len(blocks))) / whole if whole else 0.0
+    everything = _without(groups, blocks)
+    if measure(everything) > goal:
+        reachable = 1 - measure(everything) / whole if whole else 0.0
         raise PruningError(
             f"amount={amount:g} of the {of} can't be reached: with every group down to {round_to} neuron(s) "
             f"{math.floor(reachable * 1e4) / 1e4:g} is gone, the rest is frozen or excluded"
         )
-    count = bisect_left(range(len(blocks)), True, key=lambda n: measure(after(n)) <= goal)
+    count = _fewest(groups, blocks, lambda left: measure(left) <= goal)
     if of != "neurons":
-        return _give_back(after(count), blocks[:count], groups, lambda left: measure(left) <= goal)
-    if count and goal - measure(after(count)) > measure(after(count - 1)) - goal:
-        count -= 1  # with blocks the nearer side counts
-    return after(count)
+        if on_the_way:
+            return _without(groups, blocks[: max(count - 1, 0)])
+        return _just_past(groups, blocks, measure, goal, 0.01 * whole)
+    fewer, enough = _without(groups, blocks[: max(count - 1, 0)]), _without(groups, blocks[:count])
+    nearer = measure(fewer) - goal < goal - measure(enough)  # with blocks the nearer side counts
+    return fewer if nearer else enough
+
+
+def _without(groups: Groups, blocks: Sequence[Tensor]) -> Tensor:
+    left = torch.ones(groups.neurons, dtype=torch.bool)
+    if blocks:
+        left[torch.cat(list(blocks))] = False
+    return left
+
+
+def _fewest(groups: Groups, blocks: Sequence[Tensor], enough: Callable[[Tensor], bool]) -> int:
+    """How many of the blocks, in order, must go; all of them are enough."""
+    return bisect_left(range(len(blocks)), True, key=lambda count: enough(_without(groups, blocks[:count])))
+
+
+def _just_past(
+    groups: Groups, blocks: list[Tensor], measure: Callable[[Tensor], float], goal: float, tolerance: float
+) -> Tensor:
+    """Reach a budget and overshoot it little.
+
+    In a small network one channel may be a tenth of the budget. So what the last block made superfluous is given
+    back, and if that leaves more than the tolerance, smaller blocks are tried in the last one's place.
+    """
+    owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)])
+    best: Tensor | None = None
+    while best is None or measure(best) < goal - tolerance:
+        if measure(_without(groups, blocks)) > goal:
+            break
+        count = _fewest(groups, blocks, lambda left: measure(left) <= goal)
+        left = _give_back(_without(groups, blocks[:count]), blocks[:count], owner, lambda left: measure(left) <= goal)
+        if best is None or measure(left) > measure(best):
+            best = left
+        if not count:
+            break
+        last = owner[blocks[count - 1][0]]
+        blocks = blocks[: count - 1] + [block for block in blocks[count:] if owner[block[0]] != last]
+    assert best is not None
+    return best
 
 
 def _measure(groups: Groups, allowed: Tensor, of: str, dense: Dense) -> tuple[Callable[[Tensor], float], float]:
@@ -196,12 +231,12 @@ def _measure(groups: Groups, allowed: Tensor, of: str, dense: Dense) -> tuple[Ca
         return groups.params, dense.params
     if of == "macs":
         return groups.macs, dense.macs
-    return lambda left: int((left & allowed).sum()), dense.neurons
+    last_ones = len(dense.sizes.keys() - set(groups.keys))  # a new trace has no group for a neuron that is alone
+    return lambda left: int((left & allowed).sum()) + last_ones, dense.neurons
 
 
-def _give_back(left: Tensor, gone: Sequence[Tensor], groups: Groups, fits: Callable[[Tensor], bool]) -> Tensor:
-    """Restore blocks that the budget does not need: the last one removed may have overshot it by far."""
-    owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)])
+def _give_back(left: Tensor, gone: Sequence[Tensor], owner: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Restore blocks that the budget does not need, the most important of each group first."""
     by_group: dict[int, list[Tensor]] = {}
     for block in reversed(gone):  # the most important first
         by_group.setdefault(int(owner[block[0]]), []).append(block)
@@ -222,7 +257,15 @@ def _restored(left: Tensor, blocks: Sequence[Tensor], fits: Callable[[Tensor], b
     return with_first(bisect_left(range(1, len(blocks) + 1), True, key=lambda count: not fits(with_first(count))))
 
 
-def _blocks(groups: Groups, scores: Tensor, allowed: Tensor, scope: str, round_to: int, dense: Dense) -> list[Tensor]:
+def _blocks(
+    groups: Groups,
+    scores: Tensor,
+    allowed: Tensor,
+    scope: str,
+    round_to: int,
+    dense: Dense,
+    measure: Callable[[Tensor], float] | None,
+) -> list[Tensor]:
     """Neurons that go at once, in the order in which they go."""
     keyed: list[tuple[float, int, Tensor]] = []
     for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
@@ -232,9 +275,27 @@ def _blocks(groups: Groups, scores: Tensor, allowed: Tensor, scope: str, round_t
         whole = dense.sizes.get(key, group.size)
         first = group.size % round_to or round_to
         ends = range(first, group.size - round_to + 1, round_to)
+        saved = 0.0 if measure is None else measure(_without(groups, ())) - measure(_without(groups, [order[:first]]))
+        mass = scores[order].double().flip(0).cumsum(0).flip(0)  # of this neuron and all that rank above it
         for start, end in zip((0, *ends), ends, strict=False):
             block = order[start:end]
-            rank = (whole - group.size + (start + end) / 2) / whole
-            place = rank if scope == "layer" else float(scores[block].mean())
+            if scope == "layer":
+                place = (whole - group.size + (start + end) / 2) / whole
+            elif measure is None:
+                place = float(scores[block].mean())
+            else:
+                place = _price(float(scores[block].sum()), float(mass[start]), saved * (end - start) / first)
             keyed.append((place, len(keyed), block))
     return [block for _, _, block in sorted(keyed, key=lambda item: item[:2])]
+
+
+def _price(score: float, mass: float, saved: float) -> float:
+    """What it costs to save one unit of the budget: the share of the group's remaining score that goes.
+
+    A share of what remains, not of what was, so that a group gets dearer the smaller it is; otherwise the layers
+    with the most MACs would be emptied before any other is touched.
+
+    Source: the same normalisation of weights: Lee et al., 2021, arXiv:2010.07611 (LAMP).
+    """
+    share = score / mass if mass > 0 else 0.0
+    return share / saved if saved > 0 else math.inf

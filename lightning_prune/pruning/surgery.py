@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PruningError
 
@@ -21,6 +21,9 @@ __all__ = ["Attributes", "Change", "Kept", "Undo", "enlarge", "named_tensors", "
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 Undo = Callable[[], None]
+Replaced = dict[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]
+"""Id of a tensor -> itself, the smaller one in its place, what that keeps of each dimension."""
+
 Attributes = dict[str, dict[str, tuple[int, int]]]
 """Module path -> attribute -> its value before and after."""
 
@@ -72,35 +75,46 @@ def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -
         PruningError: A name or an index does not exist; nothing was changed.
     """
     tensors = named_tensors(model)
-    replaced: dict[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]] = {}
+    replaced: Replaced = {}
     for name, dims in kept.items():
         if name not in tensors:
             raise PruningError(f"{type(model).__name__} has no parameter or buffer {name!r}")
         old = tensors[name]
         for dim, index in dims.items():
-            if len(index) == 0 or not 0 <= min(index) <= max(index) < old.size(dim):
+            size = old.size(dim) if 0 <= dim < old.dim() else 0
+            if len(index) == 0 or not 0 <= min(index) <= max(index) < size:
                 raise PruningError(f"{name!r} of shape {tuple(old.shape)} has no such indices in dim {dim}: {index}")
         replaced[id(old)] = (old, _shrunk(old, dims), dims)
 
     change = Change()
-    for path, module in model.named_modules():
-        before = dict(module.__dict__)
-        for registry in (module._parameters, module._buffers):
-            for key, tensor in registry.items():
-                if tensor is not None and id(tensor) in replaced:
-                    change.steps.append(_setter(registry, key, tensor))
-                    registry[key] = replaced[id(tensor)][1]
-        for attribute, value in _sizes(module, before).items():
-            if before[attribute] != value:
-                change.steps.append(_setter(module.__dict__, attribute, before[attribute]))
-                change.attributes.setdefault(path, {})[attribute] = (before[attribute], value)
-                module.__dict__[attribute] = value
-    for optimizer in optimizers:
-        change.steps.append(_follow(optimizer, replaced))
+    try:
+        for path, module in model.named_modules():
+            _replace(path, module, replaced, change)
+        for optimizer in optimizers:
+            _follow(optimizer, replaced, change)
+    except BaseException:
+        change.undo()
+        raise
     return change
 
 
-def _setter(target: Any, key: str, value: Any) -> Undo:
+def _replace(path: str, module: nn.Module, replaced: Replaced, change: Change) -> None:
+    """Put the smaller tensors into one module."""
+    before = dict(module.__dict__)
+    registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for registry in registries:
+        for key, tensor in registry.items():
+            if tensor is not None and id(tensor) in replaced:
+                change.steps.append(_setter(registry, key, tensor))
+                registry[key] = replaced[id(tensor)][1]
+    for attribute, value in _sizes(module, before).items():
+        if before[attribute] != value:
+            change.steps.append(_setter(module.__dict__, attribute, before[attribute]))
+            change.attributes.setdefault(path, {})[attribute] = (before[attribute], value)
+            module.__dict__[attribute] = value
+
+
+def _setter(target: Any, key: Any, value: Any) -> Undo:
     def put_back() -> None:
         target[key] = value
 
@@ -124,8 +138,8 @@ def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(module, nn.Linear):
         return {"in_features": weight.size(1), "out_features": weight.size(0)}
     if isinstance(module, nn.modules.conv._ConvNd):
-        depthwise = before["groups"] > 1 and weight.size(1) == 1
-        groups = weight.size(0) if depthwise and not module.transposed else module.groups
+        depthwise = before["groups"] > 1 and before["groups"] == before["in_channels"] == before["out_channels"]
+        groups = weight.size(0) if depthwise else module.groups
         first, second = weight.size(0), weight.size(1) * groups
         if module.transposed:
             first, second = weight.size(1) * groups, weight.size(0)
@@ -138,24 +152,41 @@ def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _follow(optimizer: Optimizer, replaced: Mapping[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]) -> Undo:
+def _follow(optimizer: Optimizer, replaced: Replaced, change: Change) -> None:
     """Make an optimizer hold the new parameters, with the state of what was kept."""
-    lists = [(group, list(group["params"])) for group in optimizer.param_groups]
-    states: list[tuple[Tensor, Tensor, Any]] = []
-    for group, parameters in lists:
-        group["params"] = [replaced[id(p)][1] if id(p) in replaced else p for p in parameters]
+    if not any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
+        return
+    for group in optimizer.param_groups:
+        parameters = list(group["params"])
+        change.steps.append(_setter(group["params"], slice(None), parameters))
+        # The list itself stays: an optimizer may hold on to it, as LBFGS does.
+        group["params"][:] = [replaced[id(p)][1] if id(p) in replaced else p for p in parameters]
         for old in parameters:
             if id(old) in replaced and old in optimizer.state:
                 new, dims = replaced[id(old)][1:]
-                states.append((old, new, optimizer.state.pop(old)))
-                optimizer.state[new] = _shrunk_state(states[-1][2], old, dims, type(optimizer).__name__)
+                state = optimizer.state[old]
+                change.steps.append(_setter(optimizer.state, old, state))
+                del optimizer.state[old]
+                change.steps.append(_deleter(optimizer.state, new))
+                optimizer.state[new] = _shrunk_state(state, old, dims, type(optimizer).__name__)
+    if isinstance(optimizer, LBFGS):
+        _restart(optimizer, change)
 
+
+def _restart(optimizer: LBFGS, change: Change) -> None:
+    """LBFGS has one history over all its parameters together, and counts them once: both start anew."""
+    for parameter, state in optimizer.state.items():
+        if state:
+            warnings.warn("LBFGS keeps one history of all its parameters: it starts anew", stacklevel=2)
+            change.steps.append(_setter(optimizer.state, parameter, state))
+            optimizer.state[parameter] = {}
+    change.steps.append(_setter(optimizer.__dict__, "_numel_cache", optimizer._numel_cache))
+    optimizer._numel_cache = None
+
+
+def _deleter(target: Any, key: Any) -> Undo:
     def put_back() -> None:
-        for group, parameters in lists:
-            group["params"] = parameters
-        for old, new, state in states:
-            del optimizer.state[new]
-            optimizer.state[old] = state
+        target.pop(key, None)
 
     return put_back
 

@@ -41,7 +41,7 @@ def prunable_weights(
     found = {name: parameter for name, parameter in found.items() if _owner(name) in chosen}
     if not found:
         chosen_by = f"include={include and list(include)}, exclude={exclude and list(exclude)}"
-        raise PruningError(f"{chosen_by} leave no weights to prune of {', '.join(owners)}")
+        raise PruningError(f"{chosen_by} leaves no weights to prune of {', '.join(owners)}")
     return found
 
 
@@ -82,7 +82,7 @@ def _keep_all_but_lowest(scores: list[Tensor], amount: float) -> list[Tensor]:
     keep = torch.ones_like(flat, dtype=torch.bool)
     if count:
         threshold = flat.kthvalue(count).values
-        torch.ge(flat, threshold, out=keep)
+        torch.lt(flat, threshold, out=keep).logical_not_()  # not >=: what is not a number stays
         ties = (flat == threshold).nonzero().squeeze(1)
         keep[ties[: count - int((~keep).sum())]] = False
     return [part.view(score.shape) for part, score in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]

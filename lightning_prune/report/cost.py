@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import as_calls, run_calls, undisturbed
 
 __all__ = ["Cost", "LayerCost", "cost_of_calls", "count_cost"]
+
+_TOTAL = "Global"
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+# torch has no formula for the attention that it runs on the CPU
+_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass(frozen=True)
@@ -74,18 +87,17 @@ def count_cost(model: nn.Module, example_inputs: Any) -> Cost:
 
 def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
     """`count_cost` over several calls of the model or of its parts."""
-    counter = FlopCounterMode(display=False)
+    flops: Counter[str] = Counter()
     with undisturbed(model):
         model.eval()
-        with counter:
-            run_calls(model, calls)
-    flops = counter.get_flop_counts()
-    names = {path: f"{type(model).__name__}.{path}" if path else type(model).__name__ for path, _ in _owners(model)}
+        for call in calls:
+            flops += _flops_of_call(model, call)
+    names = dict(_names(model))
     layers = {
         path: LayerCost(
             params=sum(p.numel() for p in module.parameters(recurse=False)),
             nonzero=sum(int(p.count_nonzero()) for p in module.parameters(recurse=False)),
-            macs=sum(flops.get(names[path], {}).values()) // 2,
+            macs=sum(flops[name] for name in names[path]) // 2,
             bytes=_bytes(module, recurse=False),
         )
         for path, module in _owners(model)
@@ -93,10 +105,31 @@ def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
         nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
+        macs=flops[_TOTAL] // 2,
         bytes=_bytes(model, recurse=True),
         layers=layers,
     )
+
+
+def _flops_of_call(model: nn.Module, call: ModuleCall) -> Counter[str]:
+    """FLOPs by module path, of one call of the model or of a part; torch's counter names all by the class called."""
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
+    with counter:
+        run_calls(model, [call])
+    called = type(model.get_submodule(call.path)).__name__
+    found: Counter[str] = Counter()
+    for name, flops in counter.get_flop_counts().items():
+        path = name if name == _TOTAL else f"{call.path}{name.removeprefix(called)}".removeprefix(".")
+        found[path] += sum(flops.values())
+    return found
+
+
+def _names(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """The first path of each module that owns parameters, and all of its paths."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(path)
+    return [(path, names[module]) for path, module in _owners(model)]
 
 
 def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,9 +13,9 @@ from torch import nn
 from lightning_prune.graph.callsites import ModuleCall, remove_patches
 from lightning_prune.graph.run import undisturbed
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.surgery import enlarge
+from lightning_prune.pruning.surgery import enlarge, named_tensors
 from lightning_prune.report.cost import cost_of_calls
-from lightning_prune.report.run import batch_size, file_size, first_of, latencies
+from lightning_prune.report.run import batch_size, file_size, latencies
 
 __all__ = ["Report", "Row", "build_report"]
 
@@ -89,7 +89,8 @@ def _text(value: float | None, unit: str) -> str:
 def build_report(
     model: nn.Module,
     plan: Plan,
-    calls: Sequence[ModuleCall],
+    single: Sequence[ModuleCall],
+    whole: Sequence[ModuleCall],
     *,
     metric: str,
     dense_value: float | None,
@@ -103,22 +104,23 @@ def build_report(
     Args:
         model: The pruned model.
         plan: What was removed from it.
-        calls: The module calls of a real batch.
+        single: Module calls with one example, to count and to time; empty where nothing can be run.
+        whole: The same with a whole training batch.
         metric: Name of the validation metric.
         dense_value: Its value before pruning, if it was measured.
         pruned_value: Its value now, if there is one; without either the row is left out.
     """
     dense = _dense_twin(model, plan)
-    single, whole = first_of(calls), [call for call in calls if call.repeatable]
     with undisturbed(model):
-        costs = [cost_of_calls(each, single) for each in (dense, model)]
+        costs = [cost_of_calls(each, tuple(single)) for each in (dense, model)]
         rows = [
             Row("parameters", costs[0].params, costs[1].params),
             Row("non-zero", costs[0].params, costs[1].nonzero),
-            Row("MACs (batch 1)", costs[0].macs, costs[1].macs),
             Row("file size", file_size(dense), file_size(model), "B"),
         ]
-        for size, some in ((1, single), (batch_size(calls), whole)):
+        if single:
+            rows.insert(2, Row(f"MACs (batch {batch_size(single)})", costs[0].macs, costs[1].macs))
+        for size, some in {batch_size(some): some for some in (single, whole) if some}.items():
             before, after = latencies([dense, model], some)
             rows.append(Row(f"latency (batch {size})", before, after, "s"))
     if dense_value is not None or pruned_value is not None:
@@ -132,7 +134,7 @@ def _dense_twin(model: nn.Module, plan: Plan) -> nn.Module:
         remove_patches(dense)
     enlarge(dense, plan.shapes, plan.attributes)
     with torch.no_grad():
-        for parameter in dense.parameters():
-            if parameter.is_floating_point():
-                parameter.masked_fill_(parameter == 0, 1e-3)  # a dense file holds no zeros
+        for name, tensor in named_tensors(dense).items():
+            if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or name in plan.shapes):
+                tensor.masked_fill_(tensor == 0, 1e-3)  # a dense file holds no zeros
     return dense

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.export import save_pruned
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import run_calls
+from lightning_prune.graph.run import run_calls, undisturbed
 
-__all__ = ["batch_size", "file_size", "first_of", "latencies"]
+__all__ = ["batch_size", "file_size", "latencies", "measurable"]
 
 
 def batch_size(calls: Sequence[ModuleCall]) -> int:
@@ -40,6 +41,35 @@ def first_of(calls: Sequence[ModuleCall]) -> tuple[ModuleCall, ...]:
         for call in calls
         if call.repeatable
     )
+
+
+def measurable(model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[tuple[ModuleCall, ...], tuple[ModuleCall, ...]]:
+    """The calls that a model can repeat in evaluation mode: with one example, and with the whole batch.
+
+    Returns:
+        Both empty, with a warning, where the model can't; the whole batch twice where it wants more than one.
+    """
+    whole = tuple(call for call in calls if call.repeatable)
+    error = _error_of(model, whole)
+    if error is not None:
+        warnings.warn(
+            f"MACs and latency are not measured: {type(model).__name__} can't repeat its training forward in "
+            f"evaluation mode ({type(error).__name__}: {error})",
+            stacklevel=2,
+        )
+        return (), ()
+    single = first_of(whole)
+    return (single if _error_of(model, single) is None else whole), whole
+
+
+def _error_of(model: nn.Module, calls: Sequence[ModuleCall]) -> Exception | None:
+    with undisturbed(model):
+        model.eval()
+        try:
+            run_calls(model, calls)
+        except Exception as error:  # whatever a user's forward may raise is the answer
+            return error
+    return None
 
 
 def file_size(model: nn.Module) -> int:

@@ -20,6 +20,9 @@ def batch_norm(call: Call) -> list[Dims]:
     for tensor in call.args[1:5]:
         if isinstance(tensor, Tensor):
             dims[1] = call.book.unify(dims[1], call.dims(tensor)[0], f"normalises a dimension of fixed size ({call})")
+    weight = call.args[1]
+    if isinstance(weight, Tensor) and dims[1] is not None:
+        dims[1] = call.dims(weight)[0]  # a masked scale makes zero of whatever comes in
     return [tuple(dims), (dims[1],), (dims[1],)]
 
 
@@ -51,13 +54,17 @@ def reduce(call: Call) -> list[Dims]:
     """Dimensions that end. A sum over removed zeros is the same sum; the others mix."""
     x = call.args[0]
     ended = _ended_dims(call, x)
+    dims = call.dims(x)
     for dim in ended:
-        if call.func.overloadpacket is not aten.sum:
-            call.book.mix(call.dims(x)[dim], f"{call}")
+        labels = dims[dim]
+        if labels is not None and (call.func.overloadpacket is not aten.sum or call.book.is_filled(labels)):
+            call.book.mix(labels, f"{call}")
+    if call.func.overloadpacket is aten.logsumexp:  # of zeros it is not zero
+        dims = tuple(call.book.fill(labels) for labels in dims)
     keepdim = call.out.dim() if isinstance(call.out, Tensor) else call.out[0].dim()
     if keepdim == x.dim():
-        return [tuple(None if i in ended else labels for i, labels in enumerate(call.dims(x)))] * 2
-    return [tuple(labels for i, labels in enumerate(call.dims(x)) if i not in ended)] * 2
+        return [tuple(None if i in ended else labels for i, labels in enumerate(dims))] * 2
+    return [tuple(labels for i, labels in enumerate(dims) if i not in ended)] * 2
 
 
 def _ended_dims(call: Call, x: Tensor) -> set[int]:
@@ -75,4 +82,4 @@ def softmax(call: Call) -> Dims:
     labels = call.dims(x)
     if x.dim():
         call.book.mix(labels[dim], f"{call}")
-    return labels
+    return tuple(map(call.book.fill, labels))

@@ -12,6 +12,8 @@ aten = torch.ops.aten
 
 
 def _contract(call: Call, first: Tensor | None, second: Tensor | None) -> None:
+    if first is not None and second is not None and call.book.is_filled(first) and call.book.is_filled(second):
+        call.book.mix(first, f"{call}")  # a masked neuron adds something to the sum, a removed one doesn't
     read = call.book.unify(first, second, f"reads a fixed input: the model's own or a constant ({call})")
     if read is not None:
         call.factors.append(read)
@@ -32,6 +34,8 @@ def convolution(call: Call) -> Dims:
     x_dims, w_dims = call.dims(x), call.dims(weight)
     for kernel in w_dims[2:]:
         call.book.freeze(kernel, "")
+    for position in x_dims[2:]:
+        call.book.freeze(position, f"convolves over it ({call})")
     made, read = (w_dims[1], w_dims[0]) if transposed else (w_dims[0], w_dims[1])
     if groups == 1:
         _contract(call, x_dims[1], read)
@@ -45,7 +49,9 @@ def convolution(call: Call) -> Dims:
         made = None
     if bias is not None:
         made = call.book.unify(made, call.dims(bias)[0], f"meets a dimension of fixed size ({call})")
-    return (None, made, *(None,) * (x.dim() - 2))
+    batch = x_dims[0] if bias is None else call.book.fill(x_dims[0])
+    call.factors.extend([] if batch is None else [batch])
+    return (batch, made, *(None,) * (x.dim() - 2))
 
 
 @rule(aten.mm)
@@ -65,9 +71,13 @@ def addmm(call: Call) -> Dims:
     _contract(call, k, k2)
     _free(call, n, m)
     result = [n, m]
-    for back, labels in enumerate(reversed(call.dims(bias)), start=1):
-        if bias.size(-back) > 1:
-            result[-back] = call.book.unify(result[-back], labels, f"meets a dimension of fixed size ({call})")
+    along = [bias.dim() >= back and bias.size(-back) > 1 for back in (2, 1)]
+    for dim, (back, varies) in enumerate(zip((2, 1), along, strict=True)):
+        if varies:
+            labels = call.dims(bias)[-back]
+            result[dim] = call.book.unify(result[dim], labels, f"meets a dimension of fixed size ({call})")
+        else:
+            result[dim] = call.book.fill(result[dim])  # the bias stays where a masked row was zero
     return tuple(result)
 
 
@@ -78,4 +88,6 @@ def bmm(call: Call) -> Dims:
     _contract(call, k, k2)
     _free(call, n, m)
     batch = call.book.unify(b, b2, f"meets a dimension of fixed size ({call})")
+    if batch is not None and b2 is not None and call.book.is_filled(batch):
+        batch = b2  # zero where either is
     return batch, n, m

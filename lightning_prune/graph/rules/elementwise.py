@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lightning_prune.graph.labels import Dims
 from lightning_prune.graph.rules.table import Call, family, rule
@@ -39,14 +42,37 @@ def pointwise(call: Call) -> list[Dims]:
         common = labels[0]
         for other in labels[1:]:
             common = call.book.unify(common, other, f"meets a dimension of fixed size ({call})")
+        if common is not None:
+            known = [(t, item) for t, item in zip(full, labels, strict=True) if item is not None]
+            blank = [(t, item) for t, item in known if not call.book.is_filled(item)]
+            common = _values_at_zero(call, blank[0][1] if blank else common, [t for t, _ in blank])
         result.append(common)
     return [tuple(result) if out.dim() == rank else (None,) * out.dim() for out in outs]
+
+
+def _values_at_zero(call: Call, labels: Tensor, blank: list[Tensor]) -> Tensor | None:
+    """What the operation makes of zeros in some of its inputs: run it and see."""
+    if torch.Tag.nondeterministic_seeded in call.func.tags:  # dropouts keep zeros; a run would draw random numbers
+        return labels if blank else call.book.fill(labels)
+    zeros = {id(tensor) for tensor in blank}
+    in_place = call.func._schema.is_mutable
+
+    def stand_in(leaf: Any) -> Any:
+        if id(leaf) in zeros:
+            return torch.zeros_like(leaf)
+        return leaf.clone() if in_place and isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
+    values = pytree.tree_leaves(call.func(*args, **kwargs))[0]
+    if blank and not bool(values.isfinite().all()):  # zero times infinity: the masked model gives no number
+        call.book.mix(labels, f"{call}")
+    return call.book.fill(labels) if bool(values.any()) else labels
 
 
 def like(call: Call) -> Dims:
     """A fresh tensor of the first argument's shape: it shrinks with it and holds nothing of its own."""
     source: Tensor = call.args[0]
-    return call.dims(source)
+    return tuple(map(call.book.fill, call.dims(source)))
 
 
 family(
@@ -73,7 +99,7 @@ def new_like(call: Call) -> Dims:
     if source.dim() != call.out.dim():
         return (None,) * int(call.out.dim())
     pairs = zip(call.dims(source), source.shape, call.out.shape, strict=True)
-    return tuple(labels if size == wanted else None for labels, size, wanted in pairs)
+    return tuple(call.book.fill(labels) if size == wanted else None for labels, size, wanted in pairs)
 
 
 @rule(

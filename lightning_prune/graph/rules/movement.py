@@ -13,7 +13,7 @@ from lightning_prune.graph.rules.table import Call, family, rule
 aten = torch.ops.aten
 
 
-@rule(aten.view, aten._unsafe_view, aten._reshape_alias, aten.constant_pad_nd, aten.flip, aten.roll)
+@rule(aten.view, aten._unsafe_view, aten._reshape_alias, aten.flip, aten.roll)
 def move(call: Call) -> list[Dims]:
     """Movement of one tensor by constant arguments. Every view that torch declares as such comes here too."""
     source = call.args[0]
@@ -59,6 +59,28 @@ def _varies_along(moved: Tensor, dim: int) -> bool:
     if moved.stride(dim) == 0 or moved.size(dim) < 2:
         return False
     return not torch.equal(moved, moved.narrow(dim, 0, 1).expand_as(moved))
+
+
+@rule(aten.constant_pad_nd)
+def pad(call: Call) -> Dims:
+    """Padding with a constant: new indices that stay, along a labelled dimension; others only get longer."""
+    source: Tensor = call.args[0]
+    widths: list[int] = call.args[1]  # before and after, last dimension first
+    blank = call.arg(2, "value", 0) == 0
+    result: list[Tensor | None] = []
+    for dim, labels in enumerate(call.dims(source)):
+        place = 2 * (source.dim() - 1 - dim)
+        before, after = widths[place : place + 2] or (0, 0)
+        if not blank and (any(widths[:place]) or any(widths[place + 2 :])):
+            labels = call.book.fill(labels)
+        if labels is None or before == after == 0:
+            result.append(labels)
+        elif min(before, after) < 0:
+            call.book.freeze(labels, f"picks part of a prunable dimension ({call})")
+            result.append(None)
+        else:
+            result.append(torch.nn.functional.pad(labels, (before, after), value=FIXED))
+    return tuple(result)
 
 
 @rule(aten.as_strided, aten.view.dtype, aten.view_as_real, aten.view_as_complex)

@@ -1,0 +1,109 @@
+"""Law 5: processes agree, and together they do what one process does with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import ddp_cases
+import pytest
+import torch
+from ddp_cases import CASES
+from lightning_modules import LIGHTNING_WARNINGS, assert_same
+
+pytestmark = LIGHTNING_WARNINGS
+
+
+def run_script(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    paths = [str(Path(ddp_cases.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What both processes say of a case."""
+    folder = tmp_path_factory.mktemp("ddp")
+    done = run_script(Path(ddp_cases.__file__), folder)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    return lambda name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)], folder
+
+
+@pytest.mark.parametrize("name", [*CASES, "resumed"])
+def test_ranks_agree_to_the_bit(ranks: Any, name: str) -> None:
+    first, second = ranks[0](name)
+    statistics = [key for key in first["weights"] if "running" in key]  # DDP keeps rank 0's at each forward
+    assert bool(statistics) == (name in ("batch norm", "own random numbers"))
+    for key in statistics:
+        assert first["weights"].pop(key).shape == second["weights"].pop(key).shape
+    assert_same(second, first)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.same])
+def test_two_processes_do_what_one_does(ranks: Any, name: str) -> None:
+    together = ranks[0](name)[0]
+    alone = CASES[name].run(seed=0, batch_size=16)
+    assert [state.get("plan", {}).get("kept") for state in together["callbacks"]] == [
+        state.get("plan", {}).get("kept") for state in alone["callbacks"]
+    ]
+    assert_same([s.get("masks") for s in together["callbacks"]], [s.get("masks") for s in alone["callbacks"]])
+    torch.testing.assert_close(together["weights"], alone["weights"], rtol=1e-8, atol=1e-8)
+
+
+def test_resume_equals_never_stopping(ranks: Any) -> None:
+    assert_same(ranks[0]("resumed")[0], ranks[0]("whole")[0])
+
+
+def test_only_rank_zero_reports(ranks: Any) -> None:
+    first, second = ranks[0]("report")
+    assert second == [None, None]
+    assert first[0] == first[1]
+    assert (ranks[1] / "output.txt").read_text().count(first[0]) == 1
+
+
+FORKED = """
+    import sys, warnings, torch
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from lightning_modules import *
+
+    warnings.simplefilter("ignore")
+    module, callback = seeded(Task), weights(0.5, end=1.0)
+    trainer = fit(module, callback, strategy="ddp_fork", devices=2)
+    assert zeros(prunable(module)) == (116, 232), zeros(prunable(module))
+    fit(module, callback, strategy="ddp_fork", devices=2)
+    assert zeros(prunable(module)) == (116, 232), zeros(prunable(module))
+    fit(module, callback)
+    assert zeros(prunable(module)) == (116, 232), zeros(prunable(module))
+
+    def refused(module, callback, **options):
+        before = snapshot(module)
+        try:
+            fit(module, callback, **options)
+        except Exception as error:
+            assert_same(snapshot(module), before)
+            return str(error)
+
+    message = "NeuronPruning can't bring a smaller model back from forked or spawned processes"
+    assert message in refused(seeded(Task), neurons(0.5), strategy="ddp_fork", devices=2)
+    for callback in (neurons(0.5), weights(0.5)):
+        strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+        message = f"{type(callback).__name__} works on one device and with strategy='ddp', not with ModelParallel"
+        assert message in refused(LateLayers(), callback, strategy=strategy, devices=1)
+"""
+
+
+def test_forked_processes_are_served_or_refused(tmp_path: Path) -> None:
+    script = tmp_path / "forked.py"
+    script.write_text(textwrap.dedent(FORKED))
+    done = run_script(script)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,0 +1,115 @@
+"""Trainings that two processes and one run alike. As a script: ``python ddp_cases.py FOLDER`` runs them with DDP."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_modules import (
+    ADAMW,
+    IMAGE,
+    Manual,
+    Residual,
+    SmallLiteralView,
+    Spy,
+    Task,
+    WithExampleArray,
+    conv_net,
+    fit,
+    neurons,
+    optimizer_states,
+    seeded,
+    snapshot,
+    weights,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_prune import NeuronPruning, WeightPruning
+from lightning_prune.report.run import latencies
+
+
+class Noisy(Task):
+    """Every process draws its own numbers: shuffling, noise, dropout."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([batch[0] + torch.randn_like(batch[0]), batch[1]], batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.data, batch_size=self.batch_size, shuffle=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training; ``same`` where one process with the whole batch must give the same weights."""
+
+    make: Callable[..., Task]
+    callbacks: Callable[[], list[Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    same: bool = True
+
+    def run(self, *callbacks: Any, seed: int, batch_size: int, **options: Any) -> dict[str, Any]:
+        """Train, and tell everything that the processes must agree on."""
+        module = seeded(lambda: self.make(batch_size=batch_size, batches=64 // batch_size), seed)
+        pruning = self.callbacks()
+        trainer = fit(module, *pruning, *callbacks, **{"precision": "64-true", "max_epochs": 4} | self.options | options)
+        return {
+            "weights": snapshot(module),
+            "optimizers": optimizer_states(trainer),
+            "callbacks": [callback.state_dict() for callback in pruning],
+        }
+
+
+CASES = {
+    "weights": Case(lambda **o: Task(optimizer=ADAMW, **o), lambda: [weights(0.5, end=1.0)]),
+    "neurons": Case(lambda **o: Task(conv_net(), shape=IMAGE, **o), lambda: [neurons(0.5, end=1.0)]),
+    "literal view": Case(
+        lambda **o: Task(SmallLiteralView(), shape=IMAGE, optimizer=ADAMW, **o), lambda: [neurons(0.5, of="macs")]
+    ),
+    "example array": Case(lambda **o: WithExampleArray(**o), lambda: [neurons(0.5)]),
+    "both": Case(
+        lambda **o: Task(conv_net(), shape=IMAGE, **o), lambda: [weights(0.5, end=1.0), neurons(0.5, end=1.0)]
+    ),
+    "manual": Case(lambda **o: Manual(**o), lambda: [neurons(0.5), weights(0.3)]),
+    "accumulate": Case(lambda **o: Task(**o), lambda: [neurons(0.5), weights(0.3)], {"accumulate_grad_batches": 3}),
+    "every": Case(lambda **o: Task(**o), lambda: [neurons(0.5, every=2), weights(0.3, every=3)], {"max_steps": 10}),
+    "batch norm": Case(lambda **o: Task(Residual(), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False),
+    "own random numbers": Case(
+        lambda **o: Noisy(Residual(0.25), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False
+    ),
+}
+
+
+def main(folder: Path) -> None:
+    """Run every case on two processes, each starting from other weights and another random state."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    latencies.__kwdefaults__["seconds"] = 0.0
+    ddp = {"strategy": "ddp", "devices": 2}
+    for name, case in CASES.items():
+        # The launcher of the first fit starts the second process, which then comes here from the top.
+        result = case.run(Spy(on_fit_start=lambda t, _: torch.manual_seed(t.global_rank)), seed=0, batch_size=8, **ddp)
+        torch.save(result, folder / f"{name}-{torch.distributed.get_rank()}.pt")
+
+    halt = Spy(on_train_epoch_end=lambda t, _: setattr(t, "should_stop", t.current_epoch == 1))
+    saver = ModelCheckpoint(folder / "saved", save_last=True)
+    single = {**ddp, "precision": "32-true"}  # Lightning rounds what it loads with "64-true" to float32
+    CASES["both"].run(halt, saver, seed=0, batch_size=8, **single)
+    for name, seed, path in (("whole", 0, None), ("resumed", 5, folder / "saved" / "last.ckpt")):
+        result = CASES["both"].run(seed=seed, batch_size=8, ckpt_path=path, **single)
+        torch.save(result, folder / f"{name}-{torch.distributed.get_rank()}.pt")
+
+    pruning = [NeuronPruning(0.5), WeightPruning(0.3)]
+    trainer = fit(seeded(Task), *pruning, **ddp)
+    told = [callback.report_ for callback in pruning]
+    torch.save([None if report is None else str(report) for report in told], folder / f"report-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

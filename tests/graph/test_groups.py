@@ -1,0 +1,361 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import (
+    CASES,
+    IMAGE,
+    Auxiliary,
+    Net,
+    Tied,
+    assert_same_outputs,
+    build,
+    build_case,
+    cases,
+    inputs,
+    masked_twin,
+    n_params,
+    networks,
+    sequential,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune import PruningError, count_cost, find_groups, prune_neurons
+from lightning_prune.graph.groups import Group, Groups
+from lightning_prune.pruning.neurons import remove_neurons
+
+
+def describe(group: Group) -> tuple[Any, ...]:
+    slices = sorted((s.name, s.dim, s.role, s.index.tolist()) for s in group.slices)
+    return group.name, group.size, group.frozen, group.mixing, slices
+
+
+def random_alive(groups: Groups, seed: int, least: int = 2) -> Tensor:
+    """A random mask that leaves each group a few neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    alive = torch.rand(groups.neurons, generator=generator) < 0.5
+    for numbers in groups.ranges:
+        order = torch.randperm(len(numbers), generator=generator)[:least]
+        alive[order + numbers.start] = True
+    return alive
+
+
+def assert_same_groups(ours: Groups, fresh: Groups) -> None:
+    """Everything that a new trace finds in the pruned model, the old groups tell without one."""
+    assert [describe(g) for g in ours.prunable] == [describe(g) for g in fresh.prunable]
+    assert sorted(map(describe, ours.frozen)) == sorted(map(describe, fresh.frozen))
+    assert ours.shapes == fresh.shapes
+    assert ours.parameters == fresh.parameters
+    for table, other in ((ours.extents, fresh.extents), (ours.sized, fresh.sized)):
+        assert {k: e.unit_of.tolist() for k, e in table.items()} == {k: e.unit_of.tolist() for k, e in other.items()}
+    for alive in (torch.ones(fresh.neurons, dtype=torch.bool), random_alive(fresh, 1, 1)):
+        assert ours.macs(alive) == fresh.macs(alive)
+        assert ours.params(alive) == fresh.params(alive)
+        assert ours.kept(alive) == fresh.kept(alive)
+        assert ours.sizes(alive) == fresh.sizes(alive)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@cases(CASES)
+def test_groups_after_a_removal_are_those_that_a_new_trace_finds(name: str, seed: int) -> None:
+    model, x = build_case(name)
+    groups = find_groups(model, x)
+    for number in range(2):
+        alive = random_alive(groups, 10 * seed + number)
+        remove_neurons(model, groups, alive)
+        groups = groups.without(alive)
+        assert_same_groups(groups, find_groups(model, x))
+
+
+@given(networks(), st.integers(0, 10**6))
+def test_the_same_for_random_networks(drawn: tuple[nn.Module, tuple[int, ...]], seed: int) -> None:
+    model, shape = drawn
+    x = inputs(shape)
+    groups = find_groups(model, x)
+    alive = random_alive(groups, seed)
+    remove_neurons(model, groups, alive)
+    assert_same_groups(groups.without(alive), find_groups(model, x))
+
+
+@cases(CASES)
+def test_costs_are_those_that_the_pruned_model_has(name: str) -> None:
+    """The counter of `count_cost` is torch's, over the pruned model; groups work it out before anything is pruned."""
+    model, x = build_case(name)
+    groups = find_groups(model, x)
+    everything = torch.ones(groups.neurons, dtype=torch.bool)
+    assert (groups.params(everything), groups.macs(everything)) == (n_params(model), count_cost(model, x).macs)
+    alive = random_alive(groups, 3, 1)
+    remove_neurons(model, groups, alive)
+    assert (groups.params(alive), groups.macs(alive)) == (n_params(model), count_cost(model, x).macs)
+
+
+def test_costs_include_parameters_and_operations_that_cannot_be_pruned() -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        h = net.b(net.act(net.a(x)))
+        return net.c(torch.baddbmm(h[:, None], h[:, None], net.w.expand(len(x), 8, 8)).squeeze(1)) * net.scale
+
+    layers = {"a": nn.Linear(3, 6), "act": nn.PReLU(), "b": nn.Linear(6, 8), "c": nn.Linear(8, 1)}
+    bare = {"w": nn.Parameter(torch.rand(1, 8, 8)), "scale": nn.Parameter(torch.tensor(2.0))}
+    model, x = build(lambda: Net(run, **layers, **bare)), inputs((3,))
+    groups = find_groups(model, x)
+    everything = torch.ones(groups.neurons, dtype=torch.bool)
+    assert [group.name for group in groups.prunable] == ["a"]
+    assert groups.params(everything) == n_params(model) == 18 + 6 + 1 + 48 + 8 + 8 + 1 + 64 + 1
+    assert groups.macs(everything) == count_cost(model, x).macs == 2 * (18 + 48 + 64 + 8)
+    assert_same_groups(groups.without(everything), groups)
+
+
+def rows(index: Tensor) -> list[list[int]]:
+    return index.tolist()
+
+
+def test_the_articles_network_by_hand() -> None:
+    model, x = build_case("article")
+    groups = find_groups(model, x)
+    assert [(g.name, g.size, g.exact, g.frozen) for g in groups.prunable] == [
+        ("conv1", 6, True, None),
+        ("conv2", 16, True, None),
+        ("fc1", 120, True, None),
+        ("fc2", 84, True, None),
+    ]
+    found = {(s.name, s.dim): (s.role, rows(s.index)) for s in groups[1].slices}
+    one = [[c] for c in range(16)]
+    assert found == {
+        ("conv2.weight", 0): ("makes", one),
+        ("conv2.bias", 0): ("follows", one),
+        ("fc1.weight", 1): ("reads", [[25 * c + i for i in range(25)] for c in range(16)]),
+    }
+    assert {str(s): g.frozen for g in groups.frozen for s in g.slices if g.frozen} == {
+        "conv1.weight[1]": "reads a fixed input: the model's own or a constant (convolution in conv1)",
+        "fc3.weight[0]": "reaches the model's output",
+        "fc3.bias[0]": "reaches the model's output",
+    }
+    assert {(site.function, site.call, dim): len(e.unit_of) for (site, dim), e in groups.sized.items()} == {
+        ("view", 0, 1): 400
+    }
+    assert (len(groups), groups.neurons, list(groups)[-1]) == (6, 226, groups[5])
+
+
+def test_resnet_groups_by_hand() -> None:
+    model, x = build_case("resnet")
+    groups = find_groups(model, x)
+    assert {g.name: g.size for g in groups.prunable} == {
+        "0 + 3.conv2": 8,
+        "3.conv1": 8,
+        "4.conv1": 12,
+        "4.conv2 + 4.downsample.0 + 5.conv2": 12,
+        "5.conv1": 12,
+    }
+    stream = next(g for g in groups if g.name == "0 + 3.conv2")
+    assert {str(s): s.role for s in stream.slices} == {
+        "0.weight[0]": "makes",
+        **{f"1.{n}[0]": "follows" for n in ("weight", "bias", "running_mean", "running_var")},
+        "3.conv1.weight[1]": "reads",
+        "3.conv2.weight[0]": "makes",
+        **{f"3.bn2.{n}[0]": "follows" for n in ("weight", "bias", "running_mean", "running_var")},
+        "4.conv1.weight[1]": "reads",
+        "4.downsample.0.weight[1]": "reads",
+    }
+
+
+def test_concatenated_channels_stand_where_they_were_put() -> None:
+    model, x = build_case("concat_input")
+    groups = {g.name: g for g in find_groups(model, x).prunable}
+    reads = {name: next(s for s in group.slices if s.name == "1.weight") for name, group in groups.items()}
+    read = {name: part.index.flatten().tolist() for name, part in reads.items()}
+    assert read == {"0.branches.0": list(range(6)), "0.branches.2": list(range(9, 14))}
+
+
+def test_channels_that_are_turned_round_or_padded_keep_their_labels() -> None:
+    turned = lambda n, x: n.b(F.pad(n.a(x).flip(1).roll(1, 1), (0, 0, 0, 0, 2, 0)))  # noqa: E731
+    model = build(lambda: Net(turned, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(6, 2, 1)))
+    group = find_groups(model, inputs(IMAGE)).prunable[0]
+    assert next(s for s in group.slices if s.name == "b.weight").index.flatten().tolist() == [2, 5, 4, 3]
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, inputs(IMAGE), 0.5)
+    assert plan.kept["b.weight"][1][:2] == [0, 1]
+    assert_same_outputs(model, masked_twin(dense, plan.kept), inputs(IMAGE))
+
+
+# What can't be followed stays, and says why
+
+KEEPS_CHANNELS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "fft": (lambda x: torch.fft.fft(x, dim=1).real, "no rule for aten._fft_r2c"),
+    "cumsum": (lambda x: x.cumsum(1), "no rule for aten.cumsum"),
+    "sort": (lambda x: x.sort(1).values, "no rule for aten.sort"),
+    "topk": (lambda x: x.topk(8, 1).values, "no rule for aten.topk"),
+    "index_select": (lambda x: x.index_select(1, torch.arange(8)), "no rule for aten.index_select"),
+    "advanced_indexing": (lambda x: x[:, torch.arange(8)], "no rule for aten.index"),
+    "gather": (lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "no rule for aten.gather"),
+    "group_norm": (lambda x: F.group_norm(x, 4), "no rule for aten.native_group_norm"),
+    "unflatten": (lambda x: x.unflatten(1, (2, 4)).flatten(1, 2), "splits a prunable dimension in two"),
+    "shuffle": (lambda x: x.view(-1, 2, 4, 3, 3).transpose(1, 2).reshape(x.shape), "splits a prunable dimension"),
+    "halves": (lambda x: torch.cat([h * 2 for h in x.chunk(2, 1)], 1), "picks part of a prunable dimension"),
+    "split": (lambda x: torch.cat(x.split([3, 5], 1), 1), "picks part of a prunable dimension"),
+    "even_and_odd": (lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1), "picks part of a prunable dimension"),
+    "unbind": (lambda x: torch.stack(x.unbind(1), 1), "picks one index of a prunable dimension"),
+    "grouped": (lambda x: F.conv2d(x, torch.ones(8, 4, 1, 1).to(x), groups=2), "grouped convolution has no rule"),
+    "constant": (lambda x: x + torch.arange(8.0).to(x).view(-1, 1, 1), "meets a dimension of fixed size"),
+    "channels_as_space": (lambda x: F.avg_pool2d(x.transpose(1, 3), (1, 1)).transpose(1, 3), "pools over it"),
+    "convolved_as_space": (
+        lambda x: F.conv2d(x.transpose(1, 3), torch.ones(3, 3, 1, 1).to(x)).transpose(1, 3),
+        "convolves over it",
+    ),
+    "as_strided": (lambda x: x.as_strided(x.shape, x.stride()), "reads memory under another shape"),
+    "glu": (lambda x: F.glu(torch.cat([x, x], 1), 1), "no rule for aten.glu"),
+}
+
+
+@pytest.mark.parametrize("name", KEEPS_CHANNELS)
+def test_what_cannot_be_followed_is_frozen_with_a_reason_and_the_rest_is_pruned_right(name: str) -> None:
+    function, reason = KEEPS_CHANNELS[name]
+    layers = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 6, 1), "c": nn.Conv2d(6, 2, 1)}
+    model = build(lambda: Net(lambda n, x: n.c(n.b(function(n.a(x).tanh())).relu()), **layers))
+    x = inputs(IMAGE)
+    groups = find_groups(model, x)
+    assert [g.name for g in groups.prunable] == ["b"]
+    why = next(g.frozen or "" for g in groups.frozen if any(str(s) == "a.weight[0]" for s in g.slices))
+    assert why.startswith(reason)
+    assert why.endswith(("in the model itself)", "in a)"))
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.5)
+    assert plan.frozen["a.weight[0]"] == why
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs(IMAGE, 3))
+
+
+@torch.library.custom_op("lightning_prune_tests::swirl", mutates_args=())
+def swirl(x: Tensor) -> Tensor:
+    return x.roll(1, 1) * 2
+
+
+def test_an_operation_of_someone_elses_is_frozen_and_named() -> None:
+    layers = {"a": nn.Linear(3, 8), "b": nn.Linear(8, 6), "c": nn.Linear(6, 2)}
+    model = build(lambda: Net(lambda n, x: n.c(n.b(torch.ops.lightning_prune_tests.swirl(n.a(x)))), **layers))
+    groups = find_groups(model, inputs((3,)))
+    assert [g.name for g in groups.prunable] == ["b"]
+    assert "no rule for lightning_prune_tests.swirl.default" in str(groups)
+    assert "(swirl in the model itself)" in str(groups)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 2)), "no rule for aten.embedding"),
+        (nn.Sequential(nn.LSTM(3, 8, batch_first=True)), ""),
+    ],
+    ids=["embedding", "lstm"],
+)
+def test_layers_without_a_rule_are_frozen(model: nn.Module, reason: str) -> None:
+    x = torch.zeros(2, 3, dtype=torch.int64) if isinstance(model[0], nn.Embedding) else torch.rand(2, 4, 3)
+    groups = find_groups(model, x)
+    assert not groups.prunable
+    assert reason in str(groups)
+    assert all(g.frozen for g in groups)
+
+
+def test_a_layer_whose_neurons_nobody_makes_is_frozen() -> None:
+    """A parameter that is read as if it were an activation has no layer that makes it."""
+    model = build(lambda: Net(lambda n, x: n.b(n.w + 0 * x.sum()), w=nn.Parameter(torch.rand(2, 6)), b=nn.Linear(6, 2)))
+    groups = find_groups(model, inputs((3,)))
+    assert not groups.prunable
+    assert "no layer of the traced run makes it" in str(groups)
+
+
+def test_every_prunable_index_belongs_to_exactly_one_neuron() -> None:
+    for name in ("article", "resnet", "dense", "tied_transposed", "views"):
+        model, x = build_case(name)
+        groups = find_groups(model, x)
+        seen: dict[tuple[str, int, int], int] = {}
+        for number, group in enumerate(groups):
+            for part in group.slices:
+                assert part.index.shape[0] == group.size
+                for index in part.index.flatten().tolist():
+                    assert seen.setdefault((part.name, part.dim, index), number) == number
+        for (tensor, dim), extent in groups.extents.items():
+            for index, unit in enumerate(extent.unit_of.tolist()):
+                if unit >= 0:
+                    owner = next(i for i, numbers in enumerate(groups.ranges) if unit in numbers)
+                    assert seen[tensor, dim, index] == owner
+
+
+def test_tied_weights_are_one_parameter_in_one_group() -> None:
+    groups = find_groups(build(Tied), inputs((5,)))
+    assert [(g.name, [str(s) for s in g.slices]) for g in groups.prunable] == [
+        ("encoder", ["encoder.weight[0]", "encoder.bias[0]"])
+    ]
+
+
+def test_an_auxiliary_head_belongs_to_the_groups_that_it_reads() -> None:
+    groups = find_groups(build(Auxiliary).eval(), inputs(IMAGE))
+    first = groups.prunable[0]
+    assert {str(s) for s in first.slices} == {
+        "conv1.weight[0]",
+        "conv1.bias[0]",
+        "conv2.weight[1]",
+        "aux.weight[1] x9",
+    }
+    assert (
+        groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
+        == count_cost(build(Auxiliary).eval(), inputs(IMAGE)).macs
+    )
+
+
+def test_printed_groups_can_be_read() -> None:
+    model, x = build_case("article")
+    assert [" ".join(line.split()) for line in str(find_groups(model, x)).splitlines()] == [
+        "4 prunable groups, 226 neurons",
+        "conv1 6 read by conv2 (exact)",
+        "conv2 16 read by fc1 (25 each) (exact)",
+        "fc1 120 read by fc2 (exact)",
+        "fc2 84 read by fc3 (exact)",
+        "2 frozen",
+        "conv1.weight[1] 3 reads a fixed input: the model's own or a constant (convolution in conv1)",
+        "fc3.weight[0], fc3.bias[0] 10 reaches the model's output",
+    ]
+    model, x = build_case("resnet")
+    assert "  4.conv2 + 4.downsample.0 + 5.conv2     12  with 4.bn2, 4.downsample.1" in str(find_groups(model, x))
+
+
+@pytest.mark.parametrize("bad", [None, 3, "x", {1, 2}, (), {}, [3], (None,), {"x": "text"}])
+def test_example_inputs_of_another_kind_are_refused(bad: Any) -> None:
+    with pytest.raises(PruningError, match="example_inputs"):
+        find_groups(nn.Linear(3, 2), bad)
+
+
+@pytest.mark.parametrize("bad", [None, "model", torch.rand(3), lambda x: x])
+def test_a_model_of_another_kind_is_refused(bad: Any) -> None:
+    with pytest.raises(PruningError, match=f"must be an nn.Module, got {type(bad).__name__}"):
+        find_groups(bad, torch.rand(1, 3))
+
+
+def test_finding_groups_twice_finds_the_same() -> None:
+    for name in ("resnet", "nested", "dense"):
+        model, x = build_case(name)
+        assert [describe(g) for g in find_groups(model, x)] == [describe(g) for g in find_groups(model, x)]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_groups_do_not_depend_on_the_gradient_mode(context: Any) -> None:
+    for name in ("resnet", "max1d", "linear_3d_input", "adaptive_avg1d", "matmul"):
+        model, x = build_case(name)
+        expected = [describe(g) for g in find_groups(model, x)]
+        with context():
+            assert [describe(g) for g in find_groups(model, x)] == expected
+
+
+def test_groups_of_a_float32_bfloat16_or_autocast_model_are_the_same() -> None:
+    make = sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 6), nn.Linear(6, 2))
+    model, x = build(make), inputs(IMAGE)
+    find = find_groups
+    expected = [(g.name, g.size, g.exact, [str(s) for s in g.slices]) for g in find(model, x).prunable]
+    for dtype in (torch.float32, torch.bfloat16):
+        found = find(model.to(dtype), x.to(dtype)).prunable
+        assert [(g.name, g.size, g.exact, [str(s) for s in g.slices]) for g in found] == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        found = find(model.float(), x.float()).prunable
+    assert [(g.name, g.size, g.exact, [str(s) for s in g.slices]) for g in found] == expected
