@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
-from lightning_prune.pruning.surgery import Change, named_tensors, shrink
+from lightning_prune.pruning.surgery import fit_shapes, fits, named_tensors
 
-__all__ = ["fit_shapes", "load_pruned", "save_pruned"]
+__all__ = ["load_pruned", "save_pruned"]
 
 FORMAT = "1"
 _MASK, _VALUES = ".__mask__", ".__values__"
@@ -121,7 +121,7 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         raise PruningError(f"{path} doesn't fit {type(model).__name__}: it lacks {missing}, it has in excess {extra}")
     buffers = _transient(model, expected)
     transient = {  # one of another shape is a cache that the forward fills, not something that was pruned
-        name: value for name, value in transient.items() if name in buffers and _fits(value.shape, buffers[name].shape)
+        name: value for name, value in transient.items() if name in buffers and fits(value.shape, buffers[name].shape)
     }
     change = fit_shapes(model, {name: list(tensor.shape) for name, tensor in (state | transient).items()})
     before = installed_patches(model)
@@ -163,29 +163,3 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tenso
         return state, transient, [SizePatch.from_dict(patch) for patch in content["patches"]]
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _fits(small: Sequence[int], large: Sequence[int]) -> bool:
-    return len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True))
-
-
-def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
-    """Shrink a model's tensors to given shapes; which values they hold doesn't matter, others will be loaded.
-
-    Returns:
-        What was done, with ``undo()``.
-
-    Raises:
-        PruningError: A tensor is smaller than asked for or has other dimensions; the model is untouched.
-    """
-    kept: dict[str, dict[int, range]] = {}
-    for name, tensor in named_tensors(model).items():
-        wanted = shapes.get(name)
-        if wanted is None or list(tensor.shape) == list(wanted):
-            continue
-        if not _fits(wanted, tensor.shape):
-            raise PruningError(
-                f"{name!r} of shape {tuple(tensor.shape)} can't be pruned to {tuple(wanted)}: another architecture"
-            )
-        kept[name] = {dim: range(size) for dim, size in enumerate(wanted) if size != tensor.size(dim)}
-    return shrink(model, kept)

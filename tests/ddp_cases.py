@@ -58,7 +58,9 @@ class Case:
         """Train, and tell everything that the processes must agree on."""
         module = seeded(lambda: self.make(batch_size=batch_size, batches=64 // batch_size), seed)
         pruning = self.callbacks()
-        trainer = fit(module, *pruning, *callbacks, **{"precision": "64-true", "max_epochs": 4} | self.options | options)
+        trainer = fit(
+            module, *pruning, *callbacks, **{"precision": "64-true", "max_epochs": 4} | self.options | options
+        )
         return {
             "weights": snapshot(module),
             "optimizers": optimizer_states(trainer),
@@ -79,7 +81,9 @@ CASES = {
     "manual": Case(lambda **o: Manual(**o), lambda: [neurons(0.5), weights(0.3)]),
     "accumulate": Case(lambda **o: Task(**o), lambda: [neurons(0.5), weights(0.3)], {"accumulate_grad_batches": 3}),
     "every": Case(lambda **o: Task(**o), lambda: [neurons(0.5, every=2), weights(0.3, every=3)], {"max_steps": 10}),
-    "batch norm": Case(lambda **o: Task(Residual(), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False),
+    "batch norm": Case(
+        lambda **o: Task(Residual(), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False
+    ),
     "own random numbers": Case(
         lambda **o: Noisy(Residual(0.25), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False
     ),
@@ -108,7 +112,9 @@ def main(folder: Path) -> None:
     pruning = [NeuronPruning(0.5), WeightPruning(0.3)]
     trainer = fit(seeded(Task), *pruning, **ddp)
     told = [callback.report_ for callback in pruning]
-    torch.save([None if report is None else str(report) for report in told], folder / f"report-{trainer.global_rank}.pt")
+    torch.save(
+        [None if report is None else str(report) for report in told], folder / f"report-{trainer.global_rank}.pt"
+    )
 
 
 if __name__ == "__main__":

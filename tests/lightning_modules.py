@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with tanh between them: no neuron ever dies of its own."""
     sizes = sizes or (6, 12, 10, CLASSES)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -336,7 +337,6 @@ def assert_same(first: Any, second: Any) -> None:
 def optimizer_states(trainer: Any) -> list[Any]:
     """State of each optimizer, in the order of the parameters."""
     return [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
-
 
 
 def left_hooks(trainer: Any, module: nn.Module) -> list[Any]:

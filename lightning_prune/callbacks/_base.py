@@ -116,6 +116,10 @@ class PruningCallback(Callback):
         """Prune until ``amount`` of the dense whole is gone."""
         raise NotImplementedError
 
+    def _traced_macs(self) -> tuple[int, int] | None:
+        """MACs of one example, before pruning and now, where a trace told them."""
+        return None
+
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         """Another callback has removed neurons: follow the new shapes."""
         self._cost = None
@@ -200,21 +204,28 @@ class PruningCallback(Callback):
             if self.amount_ > 0:
                 self._prune(trainer, pl_module, self.amount_)
         if (last or final) and self._speaks(trainer):
-            self._log(pl_module)
+            self._log(trainer, pl_module)
 
     def _speaks(self, trainer: Any) -> bool:
         """Of several pruning callbacks the last one logs and reports."""
         return pruning_callbacks(trainer)[-1] is self
 
-    def _log(self, pl_module: Any) -> None:
+    def _macs_of_one(self, trainer: Any) -> tuple[int | None, int] | None:
+        """MACs of one example, before pruning (where only a trace knows them) and now; None where nothing tells."""
+        if self._measured and self._measured[0] and self._cost:
+            return None, self._cost.macs
+        return next((macs for c in pruning_callbacks(trainer) if (macs := c._traced_macs())), None)
+
+    def _log(self, trainer: Any, pl_module: Any) -> None:
         if self._measured is None:
             self._measured = measurable(pl_module, self._calls or ())
         if self._cost is None:  # shapes have changed
             self._cost = cost_of_calls(pl_module, self._measured[0])
         nonzero = sum(int(p.count_nonzero()) for p in pl_module.parameters())
         values = {"sparsity": 1 - nonzero / self._cost.params, "params": float(self._cost.params)}
-        if self._measured[0]:
-            values["macs"] = float(self._cost.macs)
+        macs = self._macs_of_one(trainer)
+        if macs is not None:
+            values["macs"] = float(macs[1])
         pl_module.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -234,6 +245,7 @@ class PruningCallback(Callback):
                 pl_module,
                 plan,
                 *(self._measured or ((), ())),
+                macs=self._macs_of_one(trainer),
                 metric=self.monitor,
                 dense_value=self._dense_metric,
                 pruned_value=None if metric is None else float(metric),

@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import PruningError
-from lightning_prune.export import fit_shapes
 from lightning_prune.graph.callsites import ModuleCall, install_patches, remove_patches
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, traced
@@ -32,7 +31,8 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import enlarge, named_tensors
+from lightning_prune.pruning.surgery import enlarge, fit_shapes, named_tensors
+from lightning_prune.report.run import batch_size
 
 __all__ = ["NeuronPruning"]
 
@@ -232,7 +232,14 @@ class NeuronPruning(PruningCallback):
             strategy.model = pl_module
             strategy.configure_ddp()
         for callback in pruning_callbacks(trainer):
+            callback._calls = self._calls  # they tell which calls keep their input's shape
             callback._follow_removal(trainer, pl_module, plan)
+
+    def _traced_macs(self) -> tuple[int, int] | None:
+        if self.groups_ is None or self._dense is None:
+            return None
+        size = batch_size(self.groups_.calls)
+        return round(self._dense.macs / size), round(self._macs / size)
 
     def _plan(self) -> Plan:
         return self.plan_

@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["Attributes", "Change", "Kept", "Undo", "enlarge", "named_tensors", "shrink", "take"]
+__all__ = ["Attributes", "Change", "Kept", "Undo", "enlarge", "fit_shapes", "fits", "named_tensors", "shrink", "take"]
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 Undo = Callable[[], None]
@@ -209,6 +209,33 @@ def _shrunk_state(
             )
             return {}
     return result
+
+
+def fits(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Whether a tensor of one shape can be a tensor of the other after pruning."""
+    return len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True))
+
+
+def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
+    """Shrink a model's tensors to given shapes; which values they hold doesn't matter, others will be loaded.
+
+    Returns:
+        What was done, with ``undo()``.
+
+    Raises:
+        PruningError: A tensor is smaller than asked for or has other dimensions; the model is untouched.
+    """
+    kept: dict[str, dict[int, range]] = {}
+    for name, tensor in named_tensors(model).items():
+        wanted = shapes.get(name)
+        if wanted is None or list(tensor.shape) == list(wanted):
+            continue
+        if not fits(wanted, tensor.shape):
+            raise PruningError(
+                f"{name!r} of shape {tuple(tensor.shape)} can't be pruned to {tuple(wanted)}: another architecture"
+            )
+        kept[name] = {dim: range(size) for dim, size in enumerate(wanted) if size != tensor.size(dim)}
+    return shrink(model, kept)
 
 
 def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Attributes) -> None:

@@ -92,6 +92,7 @@ def build_report(
     single: Sequence[ModuleCall],
     whole: Sequence[ModuleCall],
     *,
+    macs: tuple[int | None, int] | None = None,
     metric: str,
     dense_value: float | None,
     pruned_value: float | None,
@@ -106,6 +107,7 @@ def build_report(
         plan: What was removed from it.
         single: Module calls with one example, to count and to time; empty where nothing can be run.
         whole: The same with a whole training batch.
+        macs: MACs of one example before and now, if they are known without running anything.
         metric: Name of the validation metric.
         dense_value: Its value before pruning, if it was measured.
         pruned_value: Its value now, if there is one; without either the row is left out.
@@ -120,6 +122,8 @@ def build_report(
         ]
         if single:
             rows.insert(2, Row(f"MACs (batch {batch_size(single)})", costs[0].macs, costs[1].macs))
+        elif macs is not None:
+            rows.insert(2, Row("MACs (batch 1)", *macs))
         for size, some in {batch_size(some): some for some in (single, whole) if some}.items():
             before, after = latencies([dense, model], some)
             rows.append(Row(f"latency (batch {size})", before, after, "s"))

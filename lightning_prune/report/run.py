@@ -39,7 +39,6 @@ def first_of(calls: Sequence[ModuleCall]) -> tuple[ModuleCall, ...]:
     return tuple(
         replace(call, args=pytree.tree_map(narrow, call.args), kwargs=pytree.tree_map(narrow, call.kwargs))
         for call in calls
-        if call.repeatable
     )
 
 
@@ -47,9 +46,12 @@ def measurable(model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[tuple[Mod
     """The calls that a model can repeat in evaluation mode: with one example, and with the whole batch.
 
     Returns:
-        Both empty, with a warning, where the model can't; the whole batch twice where it wants more than one.
+        Both empty where the model can't (with a warning) or where one part's input comes from another, so that
+        the parts can't be run one by one after pruning; the whole batch twice where it wants more than one.
     """
-    whole = tuple(call for call in calls if call.repeatable)
+    whole = tuple(calls)
+    if not all(call.repeatable for call in whole):
+        return (), ()
     error = _error_of(model, whole)
     if error is not None:
         warnings.warn(

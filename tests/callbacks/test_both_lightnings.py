@@ -159,7 +159,10 @@ def test_imports_may_come_in_any_order() -> None:
     ("cls", "arguments"),
     [
         (WeightPruning, {}),
-        (WeightPruning, {"amount": 0.3, "scope": "layer", "schedule": "linear", "start": 0.25, "end": 1.0, "every": 50}),
+        (
+            WeightPruning,
+            {"amount": 0.3, "scope": "layer", "schedule": "linear", "start": 0.25, "end": 1.0, "every": 50},
+        ),
         (WeightPruning, {"start": 1, "end": 3, "every": "epoch", "include": ["net.*"], "exclude": "net.4"}),
         (WeightPruning, {"start": 0, "end": 3, "report": False, "monitor": "val_loss"}),
         (NeuronPruning, {}),
@@ -202,7 +205,9 @@ def test_lightning_cli_trains_from_yaml(tmp_path: Path, monkeypatch: pytest.Monk
               init_args: {amount: 0.4, include: net.0, report: false}
         """)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    cli = LightningCLI(Untyped, save_config_callback=None, seed_everything_default=0, args=["fit", f"--config={config}"])
+    cli = LightningCLI(
+        Untyped, save_config_callback=None, seed_everything_default=0, args=["fit", f"--config={config}"]
+    )
     assert [m.out_features for m in cli.model.net[::2]][-1] == 4
     assert sum(m.out_features for m in cli.model.net[::2]) - 4 == 11
     gone, total = zeros({"first": cli.model.net[0].weight})

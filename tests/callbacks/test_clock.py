@@ -111,7 +111,18 @@ def test_every_epoch_ends_at_the_schedules_amount(
 class Order(Callback):
     """Writes down, at every hook, whether the weights have changed since the hook before."""
 
-    HOOKS = ["on_train_epoch_start", "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end"]
+    HOOKS = [
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_before_zero_grad",
+        "on_train_batch_end",
+        "on_validation_start",
+        "on_validation_end",
+        "on_train_epoch_end",
+    ]
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int, int]] = []
