@@ -27,6 +27,7 @@ LIGHTNING_WARNINGS = [
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         "Checkpoint directory .* exists and is not empty.*",
+        "`training_step` returned `None`.*",
         "Be aware that when using `ckpt_path`, callbacks used to create.*",
     )
 ]

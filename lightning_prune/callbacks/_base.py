@@ -107,10 +107,10 @@ class PruningCallback(Callback):
         assert self._stack is not None
         return self._stack.watch()
 
-    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...]:
-        """What the first batch told; its module calls."""
+    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...] | None:
+        """What a batch told: its module calls, None if it ran nothing, so that the next one is to be watched."""
         assert self._stack is not None
-        return tuple(self._stack.outermost)
+        return tuple(self._stack.outermost) or None
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         """Prune until ``amount`` of the dense whole is gone."""
@@ -169,8 +169,8 @@ class PruningCallback(Callback):
         self._calls, self._measured = None, None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Observe the first batch: what runs, on which inputs."""
-        if self._calls is None:
+        """Observe the first batch that runs the model: its parts, and their inputs."""
+        if self._calls is None and self._stack is None:
             self._stack = ModuleStack(pl_module)
             self._watching.enter_context(self._watch(trainer, pl_module))
 
@@ -183,6 +183,19 @@ class PruningCallback(Callback):
         if self._stack is not None:
             self._watching.close()
             self._calls, self._stack = self._watched(pl_module), None
+
+    def _drop_watch(self) -> None:
+        """A batch that the user's hook has skipped ends without a word; what comes next must not be observed."""
+        self._watching.close()
+        self._stack = None
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Observe training only."""
+        self._drop_watch()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Observe training only."""
+        self._drop_watch()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
@@ -269,9 +282,9 @@ class PruningCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""
-        self._watching.close()
-        self._stack, self._calls, self._measured = None, None, None
+        self._drop_watch()
+        self._calls, self._measured = None, None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
-        self._watching.close()
+        self._drop_watch()

@@ -205,16 +205,19 @@ class NeuronPruning(PruningCallback):
             for handle in handles:
                 handle.remove()
 
-    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...]:
+    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...] | None:
         if self.groups_ is not None:
             return super()._watched(pl_module)
+        if not self._tracer.has_read:
+            return None
         trace = self._tracer.trace
         del self._tracer
         self._take(trace)
         return tuple(trace.calls)
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
-        assert self.groups_ is not None
+        if self.groups_ is None:
+            raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
         scores = get_criterion(self.criterion, NEURON_CRITERIA)(self.groups_, named_tensors(pl_module))
         alive = self._select(self.groups_, self._allowed, scores, amount)
         alive = trainer.strategy.broadcast(alive)

@@ -134,6 +134,11 @@ class Tracer:
         return not (in_step or in_backward() or (self._wrapped and not self._stack.running))
 
     @property
+    def has_read(self) -> bool:
+        """Whether any call has used a parameter so far."""
+        return len(self._unread) < len(self.trace.parameters)
+
+    @property
     def unread(self) -> list[str]:
         """Names of the parameters that no call has used so far."""
         return list(self._unread.values())

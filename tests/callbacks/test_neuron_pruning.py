@@ -48,6 +48,8 @@ from lightning_modules import (
     zeros,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_prune import NeuronPruning, NoEffectWarning, Plan, PruningError, count_cost
@@ -72,6 +74,87 @@ class Classifier(ImageClassifier):
     val_dataloader = test_dataloader = train_dataloader
 
 
+class SkipsABatch(Task):
+    """Gives no loss for the first batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if self.trainer.global_step or batch_idx else None
+
+
+class SkipsAnEpoch(Task):
+    """Refuses every batch of the first epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        return -1 if self.current_epoch == 0 else None
+
+
+class Checkpointed(Task):
+    """Runs its network a second time in the backward."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+class CheckpointedManual(Checkpointed, Manual):
+    """The same with manual optimization, where the backward is watched over."""
+
+
+class OwnBackward(Manual):
+    """Calls torch's backward itself, in a closure."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.logits(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+class GradientPenalty(Task):
+    """Differentiates through a gradient, and compares tensors on the way."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0].clone().requires_grad_()
+        logits = self.logits(x)
+        assert not torch.equal(logits, logits.relu())
+        (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return {"loss": F.cross_entropy(logits, batch[1]) + slope.pow(2).mean()}
+
+
+class Adversaries(EncoderDecoder):
+    """Two networks against each other; the second one's first run is the other's loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder, self.decoder = mlp(5, 12, 6), mlp(6, 10, 1)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), 0.01) for part in (self.encoder, self.decoder)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        fake = self.encoder(torch.randn(len(batch[0]), 5))
+        self.toggle_optimizer(first)
+        first.zero_grad()
+        self.manual_backward(F.softplus(-self.decoder(fake)).mean())
+        first.step()
+        self.untoggle_optimizer(first)
+        self.toggle_optimizer(second)
+        second.zero_grad()
+        loss = F.softplus(-self.decoder(batch[0])) + F.softplus(self.decoder(fake.detach()))
+        self.manual_backward(loss.mean())
+        second.step()
+        self.untoggle_optimizer(second)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.decoder(batch[0]).mean())
+
+
 KINDS = {
     "mlp without forward": Task,
     "through forward": WithForward,
@@ -86,6 +169,13 @@ KINDS = {
     "literal view": lambda: images(SmallLiteralView),
     "article": lambda: Task(LiteralView(), shape=(3, 32, 32), classes=10, batches=2, batch_size=4),
     "ImageClassifier": Classifier,
+    "skips a batch": SkipsABatch,
+    "skips an epoch": SkipsAnEpoch,
+    "checkpointed": Checkpointed,
+    "checkpointed, manual": CheckpointedManual,
+    "own backward in a closure": OwnBackward,
+    "gradient penalty": GradientPenalty,
+    "adversaries": Adversaries,
 }
 
 

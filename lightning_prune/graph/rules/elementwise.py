@@ -30,7 +30,9 @@ def pointwise(call: Call) -> list[Dims]:
     Every operation that torch tags as pointwise comes here too.
     """
     inputs = list(call.tensors())
-    outs = [call.out] if isinstance(call.out, Tensor) else [o for o in call.out if isinstance(o, Tensor)]
+    outs = [leaf for leaf in pytree.tree_leaves(call.out) if isinstance(leaf, Tensor)]
+    if not outs:  # torch.equal gives a bool
+        return []
     rank = max((tensor.dim() for tensor in inputs), default=0)
     result: list[Tensor | None] = []
     for back in range(rank, 0, -1):
