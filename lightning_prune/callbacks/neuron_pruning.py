@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import ModuleCall, install_patches, remove_patches
+from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, traced
 from lightning_prune.graph.trace import Trace, Tracer
@@ -31,7 +31,7 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import enlarge, fit_shapes, named_tensors
+from lightning_prune.pruning.surgery import fit_shapes, named_tensors
 from lightning_prune.report.run import batch_size
 
 __all__ = ["NeuronPruning"]
@@ -296,8 +296,7 @@ class NeuronPruning(PruningCallback):
                 fit_shapes(module, {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)})
                 return
             if made:
-                remove_patches(module)
-                enlarge(module, self.plan_.shapes, self.plan_.attributes)
+                self.plan_.take_back(module)
             plan.apply(module)
         self.load_state_dict(metadata[METADATA])
 

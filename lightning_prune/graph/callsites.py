@@ -62,22 +62,22 @@ class CallSite:
 
 @dataclass(frozen=True)
 class SizePatch:
-    """At ``site``, dimension ``dim`` of the result is to have ``size`` indices."""
+    """At ``site``, dimension ``dim`` of the result is to have ``size`` indices.
+
+    ``before`` is the size that an earlier patch gave it, None where it was the forward's own.
+    """
 
     site: CallSite
     dim: int
     size: int
+    before: int | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, str | int]:
         """As plain data."""
         site = self.site
-        return {
-            "module": site.module,
-            "function": site.function,
-            "call": site.call,
-            "dim": self.dim,
-            "size": self.size,
-        }
+        data: dict[str, str | int] = {"module": site.module, "function": site.function, "call": site.call}
+        data |= {"dim": self.dim, "size": self.size}
+        return data if self.before is None else data | {"before": self.before}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SizePatch:
@@ -85,7 +85,8 @@ class SizePatch:
         if data["function"] not in SIZED_FUNCTIONS:
             raise PruningError(f"unknown function {data['function']!r}; known: {', '.join(SIZED_FUNCTIONS)}")
         site = CallSite(str(data["module"]), data["function"], int(data["call"]))
-        return cls(site, int(data["dim"]), int(data["size"]))
+        before = data.get("before")
+        return cls(site, int(data["dim"]), int(data["size"]), None if before is None else int(before))
 
 
 @dataclass(frozen=True)

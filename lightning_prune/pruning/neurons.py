@@ -225,8 +225,9 @@ def _patch_sizes(
     checker = SizeChecker(stack, sizes)
     with stack.watch(), checker:
         outputs = run_calls(model, calls)
+    before = {(patch.site, patch.dim): patch.size for patch in installed_patches(model)}
     patches = [
-        SizePatch(site, dim, size)
+        SizePatch(site, dim, size, before.get((site, dim)))
         for site, dims in sizes.items()
         for dim, size in dims.items()
         if (dim in checker.wrong.get(site, ()))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import SizePatch, install_patches
-from lightning_prune.pruning.surgery import Attributes, named_tensors, shrink
+from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
+from lightning_prune.pruning.surgery import Attributes, enlarge, named_tensors, shrink
 
 __all__ = ["Plan"]
 
@@ -97,6 +97,17 @@ class Plan:
             change.undo()
             raise
 
+    def take_back(self, model: nn.Module) -> None:
+        """Give a pruned model its old architecture back; the values of what was removed are lost.
+
+        For measuring what it was, and before another state is loaded into it.
+        """
+        enlarge(model, self.shapes, self.attributes)
+        ours = {(patch.site, patch.dim): patch.before for patch in self.patches}
+        sizes = [(patch, ours.get((patch.site, patch.dim), patch.size)) for patch in installed_patches(model)]
+        remove_patches(model)
+        install_patches(model, [replace(patch, size=size) for patch, size in sizes if size is not None])
+
     def then(self, later: Plan) -> Plan:
         """The one plan that does what this and then ``later`` do."""
         kept = {name: dict(dims) for name, dims in self.kept.items()}
@@ -104,7 +115,10 @@ class Plan:
             for dim, index in dims.items():
                 known = kept.setdefault(name, {}).get(dim)
                 kept[name][dim] = index if known is None else [known[i] for i in index]
-        patches = {(patch.site, patch.dim): patch for patch in (*self.patches, *later.patches)}
+        patches = {(patch.site, patch.dim): patch for patch in self.patches}
+        for patch in later.patches:
+            earlier = patches.get((patch.site, patch.dim), patch)
+            patches[patch.site, patch.dim] = replace(patch, before=earlier.before)
         attributes = {path: dict(named) for path, named in self.attributes.items()}
         for path, named in later.attributes.items():
             for name, (before, after) in named.items():

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.graph.callsites import ModuleCall, remove_patches
+from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import undisturbed
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.surgery import enlarge, named_tensors
+from lightning_prune.pruning.surgery import named_tensors
 from lightning_prune.report.cost import cost_of_calls
 from lightning_prune.report.run import batch_size, file_size, latencies
 
@@ -134,9 +134,7 @@ def build_report(
 
 def _dense_twin(model: nn.Module, plan: Plan) -> nn.Module:
     dense = copy.deepcopy(model)
-    if plan.patches:
-        remove_patches(dense)
-    enlarge(dense, plan.shapes, plan.attributes)
+    plan.take_back(dense)
     with torch.no_grad():
         for name, tensor in named_tensors(dense).items():
             if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or name in plan.shapes):

@@ -258,3 +258,12 @@ def test_measuring_changes_no_weight_no_statistic_and_no_metric(cls: Any) -> Non
         return snapshot(module), seen, torch.get_rng_state()
 
     assert_same(run(cls(0.0)), run())
+
+
+def test_the_dense_side_of_a_second_run_is_what_the_first_one_left() -> None:
+    net = seeded(SmallLiteralView)
+    first, second = NeuronPruning(0.5), NeuronPruning(0.3)
+    fit(Task(net, shape=IMAGE), first)
+    fit(Task(net, shape=IMAGE), second)
+    for row in ("parameters", "MACs (batch 1)"):
+        assert second.report_[row].dense == first.report_[row].pruned > second.report_[row].pruned
