@@ -39,6 +39,9 @@ from lightning_prune.pruning.surgery import named_tensors, shrink
 
 __all__ = ["prune_neurons", "remove_neurons"]
 
+RANDOM = object()
+"""Stands for an output that differs from run to run."""
+
 
 def prune_neurons(
     model: nn.Module,
@@ -169,8 +172,8 @@ def remove_neurons(
             if patches and compare:
                 actual = run_calls(model, calls)
             for call, a, b in zip(calls, expected, actual, strict=True):
-                # A part's output may shrink, the model's never.
-                if compare and (call.path == "" or _same_shapes(a, b)):
+                # A part's output may shrink, the model's never; one that is random can't be compared.
+                if compare and a is not RANDOM and (call.path == "" or _same_shapes(a, b)):
                     compare_outputs(a, b)
         except BaseException as error:
             change.undo()
@@ -193,12 +196,16 @@ def remove_neurons(
 def _run_masked(
     model: nn.Module, masked: Mapping[str, Tensor], calls: Sequence[ModuleCall]
 ) -> tuple[list[ModuleCall], list[Any]]:
-    """What the masked model gives; without the calls that can't be repeated, such as those that need training mode."""
+    """What the masked model gives, RANDOM where it draws random numbers in evaluation mode too.
+
+    Calls that can't be repeated, such as those that need training mode, are left out.
+    """
     repeated: list[ModuleCall] = []
     outputs: list[Any] = []
     for call in calls:
         if not call.repeatable:
             continue
+        before = _random_states(model)
         try:
             outputs += masked_outputs(model, masked, [call])
         except Exception as error:  # whatever the user's forward raises: it is the whole model that fails here
@@ -209,7 +216,18 @@ def _run_masked(
             )
         else:
             repeated.append(call)
+            if not all(map(torch.equal, before, _random_states(model))):
+                outputs[-1] = RANDOM
+                name = call.path or type(model).__name__
+                warnings.warn(
+                    f"{name} draws random numbers in evaluation mode: its removal is not checked", stacklevel=3
+                )
     return repeated, outputs
+
+
+def _random_states(model: nn.Module) -> list[Tensor]:
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
 
 
 def _patch_sizes(

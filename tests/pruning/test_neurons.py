@@ -601,3 +601,23 @@ def test_article_is_pruned_by_half_its_macs() -> None:
     assert before == 651_720
     assert 0.45 * before < count_cost(model, x).macs <= 0.5 * before
     assert model(torch.rand(7, 3, 32, 32)).shape == (7, 10)
+
+
+class AlwaysDropping(nn.Module):
+    """Drops out in evaluation mode too: no two runs agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.dropout(self.first(x), 0.5))
+
+
+def test_a_model_that_is_random_in_evaluation_mode_is_pruned_unchecked() -> None:
+    model = AlwaysDropping()
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="AlwaysDropping draws random numbers in evaluation mode"):
+        prune_neurons(model, torch.rand(2, 4), 0.5)
+    assert model.first.out_features == model.second.in_features == 4
+    assert torch.equal(state, torch.get_rng_state())
