@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -265,7 +265,7 @@ class PruningCallback(Callback):
             )
             for callback in pruning_callbacks(trainer):
                 callback.report_ = report
-            rank_zero_info(f"\n{report}")
+            print(f"\n{report}", flush=True)  # asked for, so not left to the level of a logger
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if the schedule did not come to its end, or had no effect; also where no batch was trained on."""
@@ -275,7 +275,7 @@ class PruningCallback(Callback):
                 f"{self.amount_:.3g} of amount={self.amount:g} was asked for so far",
                 category=NoEffectWarning,
             )
-        elif self.amount and not self._has_effect():
+        elif not self._has_effect():
             rank_zero_warn(
                 f"{type(self).__name__}: amount={self.amount:g} rounds to nothing at all", category=NoEffectWarning
             )

@@ -7,6 +7,7 @@ gives the one module an instance-level ``forward`` that rewrites it, every other
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -220,8 +221,8 @@ class SizeRewriter(TorchFunctionMode):
 class PatchedForward:
     """Runs a module's own forward with some sizes rewritten.
 
-    ``module.forward`` becomes the bound method `forward` of this object: a method has ``__code__`` (non-strict
-    export wants it) and is pickled as "attribute ``forward`` of that object", a closure could not be.
+    ``module.forward`` becomes this object, which a closure could not be: it is pickled and copied with the module.
+    It shows the signature of the module's own forward; export reads that, and ``__code__``.
     """
 
     def __init__(self, module: nn.Module, patches: dict[tuple[str, int], dict[int, int]]) -> None:
@@ -231,7 +232,19 @@ class PatchedForward:
         own = getattr(inner, "__func__", None) is type(module).forward and getattr(inner, "__self__", None) is module
         self.inner = None if own else inner
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def _forward(self) -> Any:
+        return type(self.module).forward.__get__(self.module) if self.inner is None else self.inner
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._forward)
+
+    @property
+    def __code__(self) -> Any:
+        return self._forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, sizes rewritten."""
         with SizeRewriter(self.patches):
             if self.inner is not None:
@@ -240,7 +253,7 @@ class PatchedForward:
 
 
 def _patched_forward(module: nn.Module) -> PatchedForward | None:
-    owner = getattr(module.__dict__.get("forward"), "__self__", None)
+    owner = module.__dict__.get("forward")
     return owner if isinstance(owner, PatchedForward) else None
 
 
@@ -260,7 +273,7 @@ def install_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
         patched = _patched_forward(module)
         if patched is None:
             patched = PatchedForward(module, {})
-            module.forward = patched.forward
+            module.forward = patched
         sizes = patched.patches.setdefault((patch.site.function, patch.site.call), {})
         sizes[patch.dim] = patch.size
 

@@ -89,6 +89,7 @@ def prune_neurons(
     check_choice("scope", scope, NEURON_SCOPES)
     score = get_criterion(criterion, NEURON_CRITERIA)
     check_round_to(round_to)
+    optimizers = _as_optimizers(optimizer)
     groups = find_groups(model, example_inputs)
     allowed = pick(groups, globs("include", include), globs("exclude", exclude), exact_only)
     check_prunable(groups, allowed)
@@ -102,11 +103,17 @@ def prune_neurons(
         round_to=round_to,
         dense=measure_dense(groups, allowed),
     )
-    optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
     if not plan:
         warn_no_effect(f"amount={amount:g} of {int(allowed.sum())} {of} rounds to no neuron at all")
     return plan
+
+
+def _as_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
+    given = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(given, (tuple, list)) or not all(isinstance(each, Optimizer) for each in given):
+        raise PruningError(f"optimizer must be a torch optimizer or a list of them, got {optimizer!r}")
+    return tuple(given)
 
 
 def warn_no_effect(message: str) -> None:
@@ -165,7 +172,7 @@ def remove_neurons(
     compare = verify and all(group.exact for group in touched)
     with undisturbed(model):
         model.eval()
-        calls, expected = _run_masked(model, masked_tensors(tensors, kept), groups.calls)
+        calls, expected = _run_masked(model, masked_tensors(tensors, kept), groups.calls, verify)
         change = shrink(model, kept, optimizers)
         try:
             patches, actual = _patch_sizes(model, groups, alive, calls)
@@ -194,7 +201,7 @@ def remove_neurons(
 
 
 def _run_masked(
-    model: nn.Module, masked: Mapping[str, Tensor], calls: Sequence[ModuleCall]
+    model: nn.Module, masked: Mapping[str, Tensor], calls: Sequence[ModuleCall], verify: bool
 ) -> tuple[list[ModuleCall], list[Any]]:
     """What the masked model gives, RANDOM where it draws random numbers in evaluation mode too.
 
@@ -216,7 +223,7 @@ def _run_masked(
             )
         else:
             repeated.append(call)
-            if not all(map(torch.equal, before, _random_states(model))):
+            if verify and not all(map(torch.equal, before, _random_states(model))):
                 outputs[-1] = RANDOM
                 name = call.path or type(model).__name__
                 warnings.warn(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.pruning.criteria import WEIGHT_CRITERIA, get_criterion
 from lightning_prune.pruning.masks import Masks, apply_masks
 from lightning_prune.pruning.select import check_amount, check_choice, globs, matching
@@ -113,16 +114,23 @@ def prune_weights(
     Raises:
         PruningError: Bad arguments or nothing to prune; the model is untouched.
 
+    Warns:
+        NoEffectWarning: Nothing was pruned.
+
     Example:
         >>> layer = nn.Linear(10, 2)
         >>> masks = prune_weights(layer, 0.3)
         >>> int((layer.weight == 0).sum()), int((~masks["weight"]).sum())
         (6, 6)
     """
+    if not isinstance(model, nn.Module):
+        raise PruningError(f"model must be an nn.Module, got {type(model).__name__}")
     amount = check_amount(amount)
     check_choice("scope", scope, WEIGHT_SCOPES)
     score = get_criterion(criterion, WEIGHT_CRITERIA)
     weights = prunable_weights(model, globs("include", include), globs("exclude", exclude))
     masks = select_weights({name: score(w) for name, w in weights.items()}, amount, scope=scope)
     apply_masks(weights, masks)
+    if all(bool(mask.all()) for mask in masks.values()):
+        warnings.warn(f"amount={amount:g} rounds to no weight at all", NoEffectWarning, stacklevel=2)
     return masks

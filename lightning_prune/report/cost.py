@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lightning_prune.errors import TraceError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import as_calls, run_calls, undisturbed
 
@@ -76,13 +77,20 @@ def count_cost(model: nn.Module, example_inputs: Any) -> Cost:
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of ``model``. MACs are
             those of this very call: with a batch of 1 they are per example.
 
+    Raises:
+        TraceError: The model raised on the inputs.
+
     Example:
         >>> import torch
         >>> cost = count_cost(nn.Linear(4, 3), torch.rand(1, 4))
         >>> cost.params, cost.macs, cost.bytes
         (15, 12, 60)
     """
-    return cost_of_calls(model, as_calls(example_inputs))
+    calls = as_calls(example_inputs)
+    try:
+        return cost_of_calls(model, calls)
+    except Exception as error:
+        raise TraceError(f"{type(model).__name__} raised {type(error).__name__} on example_inputs: {error}") from error
 
 
 def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:

@@ -438,6 +438,7 @@ class Drawing(Task):
         return DataLoader(self.data, batch_size=8, shuffle=True)
 
 
+@pytest.mark.filterwarnings("ignore::lightning_prune.NoEffectWarning")  # of amount 0
 @pytest.mark.parametrize("net", [conv_net, Residual, functools.partial(Residual, 0.25)])
 def test_tracing_disturbs_nothing(net: Any) -> None:
     def run(*callbacks: Any) -> dict[str, Tensor]:
@@ -458,6 +459,7 @@ class Jitter(Residual):
         return super().forward(x + torch.randn_like(x))
 
 
+@pytest.mark.filterwarnings("ignore::lightning_prune.NoEffectWarning")  # of amount 0
 @pytest.mark.parametrize(("net", "options"), [(Residual, {}), (Jitter, {"verify": False})])
 def test_pruning_leaves_the_random_stream_where_it_was(net: Any, options: dict[str, Any]) -> None:
     def run(*callbacks: Any) -> list[Tensor]:

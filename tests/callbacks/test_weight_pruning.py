@@ -46,6 +46,7 @@ pytestmark = LIGHTNING_WARNINGS
 # -- Law 7: amounts are met -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::lightning_prune.NoEffectWarning")  # of amount 0
 @pytest.mark.parametrize("amount", [0.0, 0.3, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_amount_is_met_to_the_weight(amount: float, scope: str) -> None:

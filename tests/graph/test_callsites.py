@@ -1,4 +1,5 @@
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def pruned_literal() -> tuple[nn.Module, Tensor]:
 
 
 def owner(module: nn.Module) -> PatchedForward:
-    return module.forward.__self__
+    return module.forward
 
 
 def pickled(model: nn.Module) -> nn.Module:
@@ -327,3 +328,16 @@ def test_the_article_is_a_plain_module_otherwise() -> None:
     prune_neurons(model, torch.rand(1, 3, 32, 32), 0.5)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert type(model) is Article
+
+
+def test_a_patched_forward_shows_its_own_signature_and_exports_with_a_dynamic_batch() -> None:
+    model = Article().double().eval()
+    before = inspect.signature(model.forward)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    prune_neurons(model, x, 0.5)
+    assert installed_patches(model)
+    assert inspect.signature(model.forward) == before
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes={next(iter(before.parameters)): {0: batch}}).module()
+    other = torch.randn(9, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(exported(other), model(other))

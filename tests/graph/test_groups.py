@@ -182,6 +182,15 @@ def test_channels_that_are_turned_round_or_padded_keep_their_labels() -> None:
     assert_same_outputs(model, masked_twin(dense, plan.kept), inputs(IMAGE))
 
 
+def test_padding_that_is_taken_off_again_leaves_no_trace() -> None:
+    padded = lambda n, x: n.b(F.pad(n.a(x), (0, 0, 0, 0, 1, 2), value=2.0).sigmoid()[:, 1:-2])  # noqa: E731
+    model = build(lambda: Net(padded, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)))
+    dense = copy.deepcopy(model)
+    assert [(g.name, g.size) for g in find_groups(model, inputs(IMAGE)).prunable] == [("a", 8)]
+    plan = prune_neurons(model, inputs(IMAGE), 0.5)
+    assert_same_outputs(model, masked_twin(dense, plan.kept), inputs(IMAGE))
+
+
 # What can't be followed stays, and says why
 
 KEEPS_CHANNELS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from networks import Net, Snapshot, build, resnet, shared_block
 from torch import Tensor, nn
 
-from lightning_prune import PruningError, prune_weights
+from lightning_prune import NoEffectWarning, PruningError, prune_weights
 from lightning_prune.pruning.masks import apply_masks, mask_optimizer
 from lightning_prune.pruning.weights import select_weights
 
@@ -69,8 +69,9 @@ def test_what_is_gone_stays_gone_and_counts(
         masks = later
 
 
+@pytest.mark.filterwarnings("ignore::lightning_prune.NoEffectWarning")  # of amount 0
 @pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("amount", [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("amount", [0.1, 1 / 3, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_prune_weights_zeroes_exactly_the_smallest(amount: float, scope: str, dtype: torch.dtype) -> None:
     model = build(resnet).to(dtype)
@@ -88,6 +89,17 @@ def test_prune_weights_zeroes_exactly_the_smallest(amount: float, scope: str, dt
     thresholds = [max((before[n].abs()[~m].max().item() for n, m in masks.items() if not bool(m.all())), default=0.0)]
     if scope == "global":
         assert all(before[n].abs()[m].min().item() >= thresholds[0] for n, m in masks.items() if bool(m.any()))
+
+
+@pytest.mark.parametrize("amount", [0, 0.0, 1e-6])
+def test_an_amount_that_takes_nothing_says_so(amount: float) -> None:
+    model = build(resnet)
+    snapshot = Snapshot(model)
+    with pytest.warns(NoEffectWarning, match="rounds to no weight"):
+        masks = prune_weights(model, amount)
+    assert masks
+    assert all(bool(mask.all()) for mask in masks.values())
+    snapshot.assert_unchanged()
 
 
 def test_parameters_shared_by_two_modules_count_once() -> None:
@@ -193,3 +205,10 @@ def test_masked_places_are_zero_in_weights_and_state(make: Any) -> None:
             same = [value for value in state if value.shape == mask.shape]
             assert not any(value[~mask].any() for value in same)
             assert all(value[mask].any() for value in same)
+
+
+def test_an_amount_of_nothing_is_told() -> None:
+    with pytest.warns(NoEffectWarning, match="rounds to no weight"):
+        prune_weights(nn.Linear(4, 3), 0.01)
+    with pytest.raises(PruningError, match=r"nn\.Module, got int"):
+        prune_weights(3, 0.5)  # type: ignore[arg-type]

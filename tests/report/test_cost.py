@@ -102,6 +102,11 @@ def test_counting_leaves_the_model_as_it_was(name: str, training: bool) -> None:
     snapshot.assert_unchanged()
 
 
+def test_a_model_is_counted_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()  # one example has no statistics
+    assert count_cost(model, torch.rand(1, 3)).macs == 12
+
+
 def test_inputs_that_do_not_fit_are_an_error_and_nothing_changes() -> None:
     model = build(sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.Conv2d(3, 8, 3))).train()
     x, snapshot = inputs((4, 5, 5)), Snapshot(model)
