@@ -17,7 +17,13 @@ aten = torch.ops.aten
 @rule(
     aten.add,
     aten._prelu_kernel,
+    aten.elu,
+    aten.elu_,
     aten.hardswish,
+    aten.hardtanh,
+    aten.hardtanh_,
+    aten.leaky_relu,
+    aten.leaky_relu_,
     aten.log_sigmoid_forward,
     aten.native_dropout,
     aten.rrelu_with_noise,
