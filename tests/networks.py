@@ -360,6 +360,9 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear_across": (
         lambda: Net(lambda n, x: n.c(n.b(n.a(x).flatten(2)).sum(-1)), a=nn.Conv2d(3, 8, 3),
                     b=nn.Linear(9, 4), c=nn.Linear(8, 2)), IMAGE),
+    "cast": (
+        lambda: Net(lambda n, x: n.b(n.a(x).to(torch.float64, copy=True).type_as(x).to(x)), a=nn.Linear(4, 6),
+                    b=nn.Linear(6, 2)), (4,)),
     "unused": (
         lambda: Net(lambda n, x: n.b(n.a(x)), a=nn.Linear(4, 6), b=nn.Linear(6, 2), never=nn.Linear(6, 6)), (4,)),
 }  # fmt: skip

@@ -215,6 +215,7 @@ KEEPS_CHANNELS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: F.conv2d(x.transpose(1, 3), torch.ones(3, 3, 1, 1).to(x)).transpose(1, 3),
         "convolves over it",
     ),
+    "interpolate": (lambda x: F.interpolate(x, scale_factor=2), "no rule for aten."),
     "as_strided": (lambda x: x.as_strided(x.shape, x.stride()), "reads memory under another shape"),
     "glu": (lambda x: F.glu(torch.cat([x, x], 1), 1), "no rule for aten.glu"),
 }
@@ -350,7 +351,7 @@ def test_finding_groups_twice_finds_the_same() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_groups_do_not_depend_on_the_gradient_mode(context: Any) -> None:
-    for name in ("resnet", "max1d", "linear_3d_input", "adaptive_avg1d", "matmul"):
+    for name in ("resnet", "max1d", "linear_3d_input", "adaptive_avg1d", "matmul", "cast", "views", "instance_norm"):
         model, x = build_case(name)
         expected = [describe(g) for g in find_groups(model, x)]
         with context():

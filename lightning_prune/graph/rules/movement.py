@@ -119,4 +119,4 @@ def keep(call: Call) -> Dims:
     return call.dims(call.args[0])
 
 
-family(keep, aten.detach, aten.alias, aten.clone, aten._to_copy, aten.contiguous, aten.lift_fresh)
+family(keep, aten.detach, aten.alias, aten.clone, aten._to_copy, aten.contiguous, aten.lift_fresh, aten.to)
