@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_prune import NeuronPruning, WeightPruning
+from lightning_prune import NeuronPruning, PruningError, WeightPruning
 
 LIGHTNING_WARNINGS = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -338,6 +339,18 @@ def assert_same(first: Any, second: Any) -> None:
 def optimizer_states(trainer: Any) -> list[Any]:
     """State of each optimizer, in the order of the parameters."""
     return [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
+
+
+def assert_refused(make: Callable[[], Any], callbacks: list[Callback], options: dict[str, Any], message: str) -> None:
+    """``fit`` ends in a PruningError with this message, and the model is what it was."""
+    module = seeded(make)
+    before = snapshot(module)
+    trainer = trainer_of(*callbacks, **options)
+    with pytest.raises(PruningError, match=re.compile(message, re.DOTALL)):
+        trainer.fit(module)
+    assert_same(snapshot(module), before)
+    assert trainer.global_step == 0
+    assert left_hooks(trainer, module) == []
 
 
 def left_hooks(trainer: Any, module: nn.Module) -> list[Any]:

@@ -128,6 +128,9 @@ class PruningCallback(Callback):
         """What has been removed so far."""
         return Plan({}, {})
 
+    def _release(self) -> None:
+        """Take out of model and optimizers what was put there for this run."""
+
     def _has_effect(self) -> bool:
         """Whether anything has been pruned so far."""
         raise NotImplementedError
@@ -283,8 +286,10 @@ class PruningCallback(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""
         self._drop_watch()
+        self._release()
         self._calls, self._measured = None, None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
         self._drop_watch()
+        self._release()

@@ -250,16 +250,6 @@ class NeuronPruning(PruningCallback):
     def _has_effect(self) -> bool:
         return bool(self.plan_)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing of ours in the model, except sizes that had to be rewritten in a forward."""
-        super().teardown(trainer, pl_module, stage)
-        self._release()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing of ours in the model."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
     def _release(self) -> None:
         for hook in self._state_hooks:
             hook.remove()

@@ -122,11 +122,11 @@ class WeightPruning(PruningCallback):
         """Zero what is masked: weights and optimizer state."""
         apply_masks(self._bound, self.masks_)
         for optimizer in trainer.optimizers:
-            mask_optimizer(optimizer, self._bound, self.masks_)
+            self._after_step(optimizer)
         for copy in averaged_copies(trainer):  # an average of zeros stays zero
             apply_masks(dict(copy.named_parameters()), self.masks_)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         apply_masks(self._bound, self.masks_)
         mask_optimizer(optimizer, self._bound, self.masks_)
 
@@ -158,16 +158,6 @@ class WeightPruning(PruningCallback):
             handle.remove()
         self._handles = []
         self._bound = {}
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing of ours in model and optimizers; the zeros stay."""
-        super().teardown(trainer, pl_module, stage)
-        self._release()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing of ours in model and optimizers."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks and how far the schedule was."""

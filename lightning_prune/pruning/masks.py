@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,9 +28,3 @@ def mask_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], masks
         for value in optimizer.state.get(parameters[name], {}).values():
             if isinstance(value, Tensor) and value.shape == mask.shape:
                 value.masked_fill_(~mask, 0)
-
-
-def kept_fraction(masks: Iterable[Tensor]) -> tuple[int, int]:
-    """Number of kept and of all weights."""
-    listed = list(masks)
-    return sum(int(mask.sum()) for mask in listed), sum(mask.numel() for mask in listed)

@@ -7,7 +7,6 @@ import functools
 import gc
 import math
 import pickle
-import re
 import warnings
 import weakref
 from pathlib import Path
@@ -32,6 +31,7 @@ from lightning_modules import (
     TwoOptimizers,
     WithExampleArray,
     WithForward,
+    assert_refused,
     assert_same,
     conv_net,
     examples,
@@ -806,14 +806,7 @@ X = torch.zeros(1, 6)
 def test_what_does_not_fit_is_refused_before_the_model_is_touched(
     make: Any, callbacks: Any, options: dict[str, Any], message: str
 ) -> None:
-    module = seeded(make)
-    before = snapshot(module)
-    trainer = trainer_of(*callbacks(), **options)
-    with pytest.raises(PruningError, match=re.compile(message, re.DOTALL)):
-        trainer.fit(module)
-    assert_same(snapshot(module), before)
-    assert trainer.global_step == 0
-    assert left_hooks(trainer, module) == []
+    assert_refused(make, callbacks(), options, message)
 
 
 def test_a_callback_cannot_be_used_twice_in_one_trainer() -> None:
