@@ -19,7 +19,7 @@ from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, traced
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
-from lightning_prune.pruning.neurons import check_prunable, check_round_to, remove_neurons
+from lightning_prune.pruning.neurons import check_prunable, check_round_to, remove_chosen
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import (
     BUDGETS,
@@ -113,7 +113,6 @@ class NeuronPruning(PruningCallback):
         self.verify = verify
         self.plan_ = Plan({}, {})
         self.groups_: Groups | None = None
-        self._allowed = torch.empty(0, dtype=torch.bool)
         self._dense: Dense | None = None
         self._macs = 0.0
         self._state_hooks: list[RemovableHandle] = []
@@ -151,7 +150,7 @@ class NeuronPruning(PruningCallback):
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
         groups = draw_groups(trace)
         try:
-            allowed = pick(groups, globs("include", self.include), globs("exclude", self.exclude), self.exact_only)
+            allowed = self._pick(groups)
             check_prunable(groups, allowed)
             macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
             if self._dense is None:
@@ -162,7 +161,10 @@ class NeuronPruning(PruningCallback):
             self._select(groups, allowed, self._scores_of_size(groups), self.amount)
         except PruningError as error:
             raise ConfigurationError(f"NeuronPruning: {error}") from None
-        self.groups_, self._allowed = groups, allowed
+        self.groups_ = groups
+
+    def _pick(self, groups: Groups) -> Tensor:
+        return pick(groups, globs("include", self.include), globs("exclude", self.exclude), self.exact_only)
 
     @staticmethod
     def _scores_of_size(groups: Groups) -> Tensor:
@@ -218,15 +220,18 @@ class NeuronPruning(PruningCallback):
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
-        scores = get_criterion(self.criterion, NEURON_CRITERIA)(self.groups_, named_tensors(pl_module))
-        alive = self._select(self.groups_, self._allowed, scores, amount)
-        alive = trainer.strategy.broadcast(alive)
-        if bool(alive.all()):
+
+        def choose(groups: Groups) -> Tensor:
+            scores = get_criterion(self.criterion, NEURON_CRITERIA)(groups, named_tensors(pl_module))
+            alive: Tensor = trainer.strategy.broadcast(self._select(groups, self._pick(groups), scores, amount))
+            return alive
+
+        plan, self.groups_ = remove_chosen(
+            pl_module, self.groups_, choose, optimizers=trainer.optimizers, verify=self.verify
+        )
+        if not plan:
             return
-        plan = remove_neurons(pl_module, self.groups_, alive, optimizers=trainer.optimizers, verify=self.verify)
-        self.groups_ = self.groups_.without(alive)
         self._macs = self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
-        self._allowed = self._allowed[alive]
         self.plan_ = self.plan_.then(plan)
         for copy in averaged_copies(trainer):
             plan.apply(copy)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
+from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of
 
 __all__ = [
-    "SIZED_FUNCTIONS",
+    "Attribute",
+    "CallListener",
     "CallRecorder",
     "CallSite",
     "ModuleCall",
@@ -33,19 +35,9 @@ __all__ = [
     "in_backward",
     "install_patches",
     "installed_patches",
+    "marked_attributes",
     "remove_patches",
-    "sizes_given",
 ]
-
-SIZED_FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "view": (torch.Tensor.view,),
-    "reshape": (torch.Tensor.reshape, torch.reshape),
-    "expand": (torch.Tensor.expand,),
-}
-"""Functions whose integers name the sizes of the result, one per dimension."""
-
-_NAME_OF = {function: name for name, functions in SIZED_FUNCTIONS.items() for function in functions}
-
 
 def in_backward() -> bool:
     """Whether gradients are flowing back right now: a checkpointed forward runs a second time then."""
@@ -63,7 +55,7 @@ class CallSite:
 
 @dataclass(frozen=True)
 class SizePatch:
-    """At ``site``, dimension ``dim`` of the result is to have ``size`` indices.
+    """At ``site``, the size at place ``dim`` among those that the call asks for is to be ``size``.
 
     ``before`` is the size that an earlier patch gave it, None where it was the forward's own.
     """
@@ -121,14 +113,16 @@ class ModuleStack:
         """Path of the innermost running module ("" for the model itself or none)."""
         return next((path for path, _ in reversed(self._running) if path is not None), "")
 
-    def count(self, function: str) -> int | None:
-        """Count a call in every running module; its number in the innermost one (None: no module runs)."""
-        number = None
+    def site(self, function: str) -> CallSite | None:
+        """Count a call in every running module; where in the innermost one it is (None: no module runs)."""
+        site = None
+        counted = COUNTED_AS[function]
         for path, calls in self._running:
             if path is not None:
-                number = calls.get(function, 0)
-                calls[function] = number + 1
-        return number
+                number = calls.get(counted, 0)
+                calls[counted] = number + 1
+                site = CallSite(path, function, number)
+        return site
 
     def _note(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModuleCall:
         """The call, without what would keep the activations of this run alive."""
@@ -173,48 +167,25 @@ class ModuleStack:
             self._running.clear()
 
 
-def _name_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    name = _NAME_OF.get(function)
-    return name if name is not None and sizes_given(args, kwargs) else None
-
-
-def sizes_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The integers of a sized call: ``(x, 2, -1)``, ``(x, (2, -1))`` and ``(x, shape=(2, -1))`` alike."""
-    found: list[Any] = []
-    for item in (*args[1:], *kwargs.values()):
-        found.extend(item if isinstance(item, (list, tuple)) else [item])
-    return [size for size in found if isinstance(size, (int, torch.SymInt))]
-
-
-def _with_sizes(
-    args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = sizes_given(args, kwargs)
-    for dim, size in sizes.items():
-        given[dim] = size
-    tensor = args[0] if args else kwargs["input"]
-    return (tensor, tuple(given)), {}
-
-
 class SizeRewriter(TorchFunctionMode):
     """Counts sized calls and rewrites the sizes of those that have a patch."""
 
     def __init__(self, patches: Mapping[tuple[str, int], Mapping[int, int]]) -> None:
         super().__init__()
         self.patches = patches
-        self.counts = dict.fromkeys(SIZED_FUNCTIONS, 0)
+        self.counts = dict.fromkeys(COUNTED_AS.values(), 0)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _name_of(func, args, kwargs)
+        name = kind_of(func)
         if name is not None:
-            number = self.counts[name]
-            self.counts[name] = number + 1
+            number = self.counts[COUNTED_AS[name]]
+            self.counts[COUNTED_AS[name]] = number + 1
             sizes = self.patches.get((name, number))
             if sizes is not None:
-                args, kwargs = _with_sizes(args, kwargs, sizes)
+                func, args, kwargs = SIZED_FUNCTIONS[name].write(func, args, kwargs, sizes)
         return func(*args, **kwargs)
 
 
@@ -314,24 +285,104 @@ class SizeChecker(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _name_of(func, args, kwargs)
-        number = self.stack.count(name) if name is not None else None
-        if name is not None and number is not None:
-            site = CallSite(self.stack.path, name, number)
+        name = kind_of(func)
+        site = self.stack.site(name) if name is not None else None
+        if name is not None and site is not None:
             self.seen.add(site)
-            given = sizes_given(args, kwargs)
-            expected = self.expected.get(site, {})
-            wrong = {dim: size for dim, size in expected.items() if given[dim] not in (-1, size)}
-            if wrong:
-                self.wrong.setdefault(site, {}).update(wrong)
-                args, kwargs = _with_sizes(args, kwargs, wrong)
+            expected = self.expected.get(site)
+            if expected:
+                kind = SIZED_FUNCTIONS[name]
+                given = dict(enumerate(kind.read(args, kwargs)))
+                wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
+                if wrong:
+                    self.wrong.setdefault(site, {}).update(wrong)
+                    func, args, kwargs = kind.write(func, args, kwargs, wrong)
         return func(*args, **kwargs)
 
 
-class CallRecorder(TorchFunctionMode):
-    """Tells ``listener`` of each sized call and its result."""
+class Attribute(int):
+    """An integer that remembers which attribute of which module it was read from; arithmetic forgets it.
 
-    def __init__(self, stack: ModuleStack, listener: Callable[[CallSite | None, list[Any], Tensor], None]) -> None:
+    Used as a number, as in ``x / math.sqrt(self.head_dim)``, it says so: what a forward calculates with must not change.
+    """
+
+    module: str
+    name: str
+    place: int | None
+    numeric: set[tuple[str, str]]
+
+    def _number(self) -> int:
+        self.numeric.add((self.module, self.name))
+        return int(self)
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._number() / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self._number()
+
+    def __pow__(self, other: Any) -> Any:  # type: ignore[override]
+        return self._number() ** other
+
+    def __rpow__(self, other: Any) -> Any:  # type: ignore[override]
+        return other ** self._number()
+
+    def __mul__(self, other: Any) -> Any:
+        return int(self) * other if isinstance(other, int) else self._number() * other
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * int(self) if isinstance(other, int) else other * self._number()
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+
+def _marked(value: int, numeric: set[tuple[str, str]], module: str, name: str, place: int | None = None) -> Attribute:
+    marked = Attribute(value)
+    marked.module, marked.name, marked.place, marked.numeric = module, name, place, numeric
+    return marked
+
+
+@contextmanager
+def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterator[None]:
+    """Inside, the integers that modules hold as attributes are `Attribute`; assignments of the forward's own stay.
+
+    Args:
+        model: The model.
+        numeric: Takes module and name of those that were used as numbers.
+    """
+    planted: list[tuple[dict[str, Any], str, Any, Any]] = []
+    for path, module in model.named_modules():
+        for name, value in list(module.__dict__.items()):
+            marked: Any = None
+            if type(value) is int:
+                marked = _marked(value, numeric, path, name)
+            elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+                marked = type(value)(_marked(item, numeric, path, name, at) for at, item in enumerate(value))
+            if marked is not None:
+                planted.append((module.__dict__, name, value, marked))
+                module.__dict__[name] = marked
+    try:
+        yield
+    finally:
+        for held, name, value, marked in planted:
+            now = held.get(name)
+            if now is marked:
+                held[name] = value
+            elif isinstance(now, Attribute):
+                held[name] = int(now)
+
+
+class CallRecorder(TorchFunctionMode):
+    """Tells ``listener`` of each torch function that the forward calls, before and after it runs."""
+
+    def __init__(self, stack: ModuleStack, listener: CallListener) -> None:
         super().__init__()
         self.stack = stack
         self.listener = listener
@@ -340,10 +391,26 @@ class CallRecorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _name_of(func, args, kwargs)
-        number = self.stack.count(name) if name is not None else None
-        result = func(*args, **kwargs)
-        if name is not None:
-            site = None if number is None else CallSite(self.stack.path, name, number)
-            self.listener(site, sizes_given(args, kwargs), result)
+        name = kind_of(func)
+        if name is None:
+            for item in args:
+                if isinstance(item, Attribute):  # such as x * self.width
+                    item._number()
+            return func(*args, **kwargs)
+        kind, site = SIZED_FUNCTIONS[name], self.stack.site(name)
+        with self.listener.calling(kind, site):
+            result = func(*args, **kwargs)
+        self.listener.called(kind, site, args, kwargs, result)
         return result
+
+
+class CallListener(Protocol):
+    """Who wants to know of sized calls."""
+
+    def calling(self, kind: SizedFunction, site: CallSite | None) -> AbstractContextManager[None]:
+        """The call runs inside."""
+
+    def called(
+        self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """The call has run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -15,7 +15,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import CallSite, ModuleCall
 from lightning_prune.graph.labels import Solution
 from lightning_prune.graph.run import as_calls, traced
-from lightning_prune.graph.trace import Leaf, Trace
+from lightning_prune.graph.trace import AttributeSite, Leaf, Trace
 
 __all__ = ["Group", "Groups", "Slice", "draw_groups", "find_groups"]
 
@@ -115,10 +115,34 @@ def _shares(extents: Extents, alive: Tensor) -> list[float]:
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """Where groups come from: a trace, what was concluded from it, and the label that stands for each neuron."""
+
+    trace: Trace
+    solution: Solution
+    roots: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Groups(Sequence[Group]):
     """All groups of a model, those that can be pruned first; prints as a table.
 
     Neurons are numbered through all prunable groups: group ``i`` owns the numbers in ``ranges[i]``.
+
+    Attributes:
+        groups: The groups.
+        extents: What stands where in each dimension of each parameter and buffer.
+        shapes: Shapes of the parameters and buffers.
+        parameters: Names of the parameters.
+        sized: What the sizes in calls count.
+        attributes: What the integers that modules hold count, each time that one was used as a size.
+        numeric: Modules and their attributes that the forward calculates with.
+        constants: Buffers that hold indices, and what they count along.
+        unmasked: Dimensions that a masked model leaves as they are.
+        costs: MACs of each contraction, and the dimensions they are linear in.
+        calls: The calls of the model, or of its parts, that were traced.
+        data_dependent: Whether shapes depended on values.
+        origin: The trace that the groups were drawn from, until something is removed.
     """
 
     groups: tuple[Group, ...]
@@ -126,8 +150,14 @@ class Groups(Sequence[Group]):
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
     sized: dict[tuple[CallSite, int], Extent]
+    attributes: dict[AttributeSite, tuple[Extent, ...]]
+    numeric: frozenset[tuple[str, str]]
+    constants: dict[str, Extent]
+    unmasked: frozenset[tuple[str, int]]
     costs: tuple[tuple[int, tuple[Extent, ...]], ...]
     calls: tuple[ModuleCall, ...] = ()
+    data_dependent: bool = False
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -168,6 +198,26 @@ class Groups(Sequence[Group]):
         """A name of its own for each prunable group, also where one layer's neurons fall into several."""
         names = [group.name for group in self.prunable]
         return [f"{name}#{names[:i].count(name)}" for i, name in enumerate(names)]
+
+    def numbers(self, alive: Tensor) -> dict[AttributeSite, int]:
+        """What the integers that modules hold must be when only ``alive`` neurons stay.
+
+        One that was used for several things whose sizes would differ is left out, and so is one that the forward
+        calculates with: there the calls are rewritten.
+        """
+        result = {}
+        for site, extents in self.attributes.items():
+            if (site.module, site.name) in self.numeric:
+                continue
+            sizes = {len(extent.kept(alive)) for extent in extents}
+            if len(sizes) == 1:
+                result[site] = sizes.pop()
+        return result
+
+    def counts(self, alive: Tensor) -> dict[str, list[int]]:
+        """Buffers of indices -> the indices that stay of what they count along, where some go."""
+        kept = {name: extent.kept(alive) for name, extent in self.constants.items()}
+        return {name: left.tolist() for name, left in kept.items() if len(left) < len(self.constants[name].unit_of)}
 
     def kept(self, alive: Tensor) -> dict[str, dict[int, list[int]]]:
         """Indices kept of every parameter and buffer that shrinks when only ``alive`` neurons stay."""
@@ -226,9 +276,9 @@ class Groups(Sequence[Group]):
         return replace(
             self,
             groups=(*prunable, *(self._moved(group, alive) for group in self.frozen)),
-            extents=extents,
             shapes=shapes,
-            sized={key: extent.without(alive, renumber) for key, extent in self.sized.items()},
+            origin=None,
+            **self._mapped(lambda extent: extent.without(alive, renumber)),
             costs=tuple(
                 (
                     round(macs * prod(len(e.kept(alive)) / len(e.unit_of) for e in factors)),
@@ -236,6 +286,43 @@ class Groups(Sequence[Group]):
                 )
                 for macs, factors in self.costs
             ),
+        )
+
+    def _mapped(self, change: Callable[[Extent], Extent]) -> dict[str, Any]:
+        """All extents but those of costs, changed."""
+        return {
+            "extents": {key: change(extent) for key, extent in self.extents.items()},
+            "sized": {key: change(extent) for key, extent in self.sized.items()},
+            "attributes": {key: tuple(map(change, extents)) for key, extents in self.attributes.items()},
+            "constants": {key: change(extent) for key, extent in self.constants.items()},
+        }
+
+    def refuse(self, numbers: Sequence[int], reason: str) -> Groups:
+        """The groups if some of the prunable ones can't go as they are: along another axis, or not at all."""
+        if self.origin is None:
+            return self._freeze(numbers, reason)
+        for number in numbers:
+            neurons = self.ranges[number]
+            roots = self.origin.roots[neurons.start : neurons.stop]
+            self.origin.trace.book.reconsider(self.origin.solution, roots, reason)
+        return draw_groups(self.origin.trace)
+
+    def _freeze(self, numbers: Sequence[int], reason: str) -> Groups:
+        stays = torch.ones(self.neurons, dtype=torch.bool)
+        for number in numbers:
+            stays[self.ranges[number].start : self.ranges[number].stop] = False
+        renumber = torch.where(stays, torch.cumsum(stays, 0) - 1, NO_UNIT)
+
+        def change(extent: Extent) -> Extent:
+            return Extent(torch.where(extent.unit_of == NO_UNIT, NO_UNIT, renumber[extent.unit_of.clamp(min=0)]))
+
+        refused = [replace(self.prunable[number], frozen=reason, mixing=()) for number in numbers]
+        left = [group for number, group in enumerate(self.prunable) if number not in numbers]
+        return replace(
+            self,
+            groups=(*left, *self.frozen, *refused),
+            **self._mapped(change),
+            costs=tuple((macs, tuple(map(change, factors))) for macs, factors in self.costs),
         )
 
     def _moved(self, group: Group, alive: Tensor) -> Group:
@@ -291,41 +378,82 @@ def draw_groups(trace: Trace) -> Groups:
     made = torch.zeros(trace.book.count, dtype=torch.bool)
     for labels in trace.book.made:
         made[labels] = True
-
-    signatures: dict[int, list[tuple[int, int]]] = {}
-    for number, leaf in enumerate(trace.leaves):
-        components, counts = solution.root[leaf.labels].unique(return_counts=True)
-        for component, count in zip(components.tolist(), counts.tolist(), strict=True):
-            signatures.setdefault(component, []).append((number, count))
-
-    has_maker = torch.zeros(trace.book.count, dtype=torch.bool)
-    has_maker[solution.root[made]] = True
-    families: dict[Any, list[int]] = {}
-    for component in sorted(signatures):
-        reason = solution.frozen.get(component)
-        if reason is None and not has_maker[component]:
-            reason = "no layer of the traced run makes it"
-        mixing = solution.mixed.get(component, ()) if reason is None else ()
-        if reason != "":
-            families.setdefault((tuple(signatures[component]), reason, mixing), []).append(component)
+    families = _families(trace, solution, made)
 
     unit_of_root = torch.full((trace.book.count,), NO_UNIT)
-    prunable, frozen, start = [], [], 0
-    for (signature, reason, mixing), components in families.items():
+    prunable, frozen, roots, start = [], [], [], 0
+    for numbers, reason, mixing, components in families:
         size = len(components)
         members = torch.full((trace.book.count,), NO_UNIT)
         members[components] = torch.arange(size)
         slices = tuple(
             _slice(trace.leaves[number], members[solution.root[trace.leaves[number].labels]], size, made)
-            for number, _ in signature
+            for number in numbers
         )
-        if reason is not None or size < 2:
+        if reason or size < 2:
             frozen.append(Group(size, slices, reason or "the only one of its kind"))
             continue
         prunable.append(Group(size, slices, None, mixing))
         unit_of_root[components] = torch.arange(start, start + size)
+        roots.append(components)
         start += size
-    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root)
+    origin = Origin(trace, solution, torch.cat(roots) if roots else torch.empty(0, dtype=torch.long))
+    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root, origin)
+
+
+Family = tuple[list[int], str, tuple[str, ...], Tensor]
+"""Numbers of the leaves that hold its slices, what froze it, what mixes it, its components in order."""
+
+
+def _families(trace: Trace, solution: Solution, made: Tensor) -> list[Family]:
+    """Components that own the same slices and share their fate; those that never hold neurons are left out.
+
+    Components are told apart by sums of random numbers, one for each leaf that they have an index in, one for
+    each operation that mixes them: two different sets have the same sum once in 2^64 times.
+    """
+    roots = [solution.root[leaf.labels] for leaf in trace.leaves]
+    reasons = list(mixing for mixing in solution.mixed)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**62), 2**62, (len(roots) + len(reasons) + 1,), generator=generator)
+    signature = torch.zeros(trace.book.count, dtype=torch.long)
+    owned = torch.zeros(trace.book.count, dtype=torch.bool)
+    for key, each in zip(keys, roots, strict=False):
+        signature.index_add_(0, each, key.expand(len(each)))
+        owned[each] = True
+    for key, text in zip(keys[len(roots) :], reasons, strict=False):
+        mixed = solution.mixed[text][solution.reason[solution.mixed[text]] == 0]
+        signature.index_add_(0, mixed, key.expand(len(mixed)))
+
+    reason = solution.reason.clone()
+    texts = [*solution.reasons, "no layer of the traced run makes it"]
+    has_maker = torch.zeros(trace.book.count, dtype=torch.bool)
+    has_maker[solution.root[made]] = True
+    reason[(reason == 0) & ~has_maker] = len(texts)
+    blank = [number + 1 for number, text in enumerate(texts) if not text]
+    owned &= ~torch.isin(reason, torch.tensor(blank, dtype=torch.long))
+    components = owned.nonzero().squeeze(1)
+    pairs = torch.stack([signature[components], reason[components]], 1)
+    _, kind = pairs.unique(dim=0, return_inverse=True)
+    order = torch.argsort(kind, stable=True)
+    sizes = torch.bincount(kind).tolist() if len(kind) else []
+    members = sorted(components[order].split(sizes), key=lambda each: int(each[0]))
+
+    first = torch.full((trace.book.count,), NO_UNIT)  # a family's first component -> its number
+    first[[int(each[0]) for each in members]] = torch.arange(len(members))
+    leaves_of: list[list[int]] = [[] for _ in members]
+    for number, each in enumerate(roots):
+        for family in first[each].unique().tolist():
+            if family != NO_UNIT:
+                leaves_of[family].append(number)
+    mixing_of: list[list[str]] = [[] for _ in members]
+    for text in reasons:
+        for family in first[solution.mixed[text]].unique().tolist():
+            if family != NO_UNIT and not reason[members[family][0]]:
+                mixing_of[family].append(text)
+    return [
+        (leaves_of[number], texts[int(reason[each[0]]) - 1] if reason[each[0]] else "", tuple(mixing_of[number]), each)
+        for number, each in enumerate(members)
+    ]
 
 
 def _slice(leaf: Leaf, unit_of: Tensor, size: int, made: Tensor) -> Slice:
@@ -333,7 +461,9 @@ def _slice(leaf: Leaf, unit_of: Tensor, size: int, made: Tensor) -> Slice:
     return Slice(leaf.name, leaf.dim, _index(unit_of, 0, size), role)
 
 
-def _assemble(trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_of_root: Tensor) -> Groups:
+def _assemble(
+    trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_of_root: Tensor, origin: Origin
+) -> Groups:
     def extent(labels: Tensor) -> Extent:
         return Extent(unit_of_root[solution.root[labels]])
 
@@ -343,8 +473,14 @@ def _assemble(trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_
         shapes=dict(trace.shapes),
         parameters=frozenset(trace.parameters),
         sized={key: extent(labels) for key, labels in trace.sized.items()},
+        attributes={key: tuple(map(extent, every)) for key, every in trace.attributes.items()},
+        numeric=frozenset(trace.numeric),
+        constants={key: extent(labels) for key, labels in trace.constants.items()},
+        unmasked=frozenset(trace.unmasked),
         costs=tuple((c.macs, tuple(map(extent, c.factors))) for c in trace.contractions),
         calls=tuple(trace.calls),
+        data_dependent=trace.data_dependent,
+        origin=origin,
     )
 
 

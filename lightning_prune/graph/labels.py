@@ -1,16 +1,18 @@
 """Labels: one integer per index of every dimension, and what is known about which of them go together.
 
-Nothing here knows an operation; rules call `unify`, `freeze` and `mix`, `solve` draws the conclusion.
+Nothing here knows an operation; rules state facts (`unify`, `split`, `freeze`, `mix`, …), `solve` draws the conclusion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 
-__all__ = ["FIXED", "Dims", "LabelBook", "Solution", "no_labels"]
+__all__ = ["FIXED", "Box", "Dims", "LabelBook", "Solution", "no_labels"]
 
 FIXED = 0
 """The label of an index that no pruning can remove."""
@@ -25,12 +27,37 @@ def no_labels(tensor: Tensor) -> Dims:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A dimension that is several at once, such as heads times head size: whole rows of it go, or whole columns.
+
+    Attributes:
+        cells: Labels of the one dimension, laid out with one axis per part.
+        axes: Labels of each part.
+        where: The call that splits or merges.
+    """
+
+    cells: Tensor
+    axes: tuple[Tensor, ...]
+    where: str
+
+
+@dataclass(frozen=True)
 class Solution:
-    """Labels drawn together: ``root[label]`` names the component, the rest say what holds for a component."""
+    """Labels drawn together: ``root[label]`` names the component, the rest say what holds for a component.
+
+    Attributes:
+        root: Shape (labels,): the least label of each one's component.
+        reason: Shape (labels,): for a root, 1 + the number of the reason that froze it, or 0.
+        reasons: The reasons; an empty one marks a place that never holds neurons.
+        mixed: Reason -> roots of the components that an operation reads together.
+        chosen: Which axis of each box can go, or None.
+    """
 
     root: Tensor
-    frozen: dict[int, str]
-    mixed: dict[int, tuple[str, ...]]
+    reason: Tensor
+    reasons: tuple[str, ...]
+    mixed: dict[str, Tensor]
+    chosen: tuple[int | None, ...]
 
 
 @dataclass
@@ -42,7 +69,10 @@ class LabelBook:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
-    filled: set[int] = field(default_factory=set)
+    boxes: list[Box] = field(default_factory=list)
+    avoided: list[Tensor] = field(default_factory=list)
+    _filled: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
+    _any_filled: bool = False
 
     def new(self, size: int) -> Tensor:
         """Allocate ``size`` fresh labels in a row."""
@@ -69,6 +99,11 @@ class LabelBook:
             self.equal.append((first, second))
         return first
 
+    def tie(self, *rows: Tensor) -> None:
+        """State that the i-th indices of all rows go together."""
+        for row in rows[1:]:
+            self.equal.append((rows[0], row))
+
     def freeze(self, labels: Tensor | None, reason: str) -> None:
         """State that these indices must stay. An empty reason marks a place that never holds neurons."""
         if labels is not None:
@@ -89,42 +124,195 @@ class LabelBook:
             return labels
         known, places = labels.unique(return_inverse=True)
         fresh = self.new(len(known))
-        self.filled.update(fresh.tolist())
+        self._mark_filled(fresh)
         fresh = torch.where(labels == FIXED, FIXED, fresh[places])
         return self.unify(fresh, labels, "")
 
-    def is_filled(self, labels: Tensor) -> bool:
-        """Whether masked places may hold other values than zero."""
-        return not self.filled.isdisjoint(labels.tolist())
+    def _mark_filled(self, labels: Tensor) -> None:
+        if self.count > len(self._filled):
+            grown = torch.zeros(2 * self.count, dtype=torch.bool)
+            grown[: len(self._filled)] = self._filled
+            self._filled = grown
+        self._filled[labels] = True
+        self._any_filled = True
+
+    def is_filled(self, *labels: Tensor) -> bool:
+        """Whether masked places of any of these may hold other values than zero."""
+        if not self._any_filled:
+            return False
+        size = len(self._filled)
+        return any(bool(self._filled[each[each < size]].any()) for each in labels)
+
+    def split(self, cells: Tensor, where: str) -> tuple[Tensor, ...]:
+        """State that a dimension falls apart into several; the labels of each.
+
+        Args:
+            cells: Labels of the dimension, laid out with one axis per part. Equal slices along an axis (a batch
+                that was folded into the heads, say) get equal labels.
+            where: The call, for messages.
+        """
+        axes = []
+        repeated = len(cells.unique()) < cells.numel()
+        for axis in range(cells.dim()):
+            if repeated:
+                _, kind = cells.unique(dim=axis, return_inverse=True)
+                axes.append(self.new(int(kind.max()) + 1)[kind])
+            else:
+                axes.append(self.new(cells.size(axis)))
+        if self.is_filled(cells):
+            self._mark_filled(torch.cat(axes))
+        self.boxes.append(Box(cells, tuple(axes), where))
+        return tuple(axes)
+
+    def merge(self, axes: Sequence[Tensor], where: str) -> Tensor:
+        """State that several dimensions become one; its labels, laid out with one axis per part."""
+        sizes = [len(axis) for axis in axes]
+        cells = self.new(prod(sizes)).view(sizes)
+        if self.is_filled(*axes):
+            self._mark_filled(cells.flatten())
+        self.boxes.append(Box(cells, tuple(axes), where))
+        return cells
 
     def produce(self, labels: Tensor | None) -> None:
-        """State that a contraction makes these indices: they are a layer's neurons, not its inputs."""
+        """State that a layer makes these indices: they are its neurons, not its inputs."""
         if labels is not None:
             self.made.append(labels)
 
     def solve(self) -> Solution:
-        """Draw connected labels together (vectorised hooking and pointer jumping, cost near linear)."""
-        root = torch.arange(self.count)
-        if self.equal:
-            first = torch.cat([pair[0] for pair in self.equal])
-            second = torch.cat([pair[1] for pair in self.equal])
-            while True:
-                a, b = root[first], root[second]
-                if bool((a == b).all()):
-                    break
-                least = torch.minimum(a, b)
-                root.scatter_reduce_(0, a, least, "amin")
-                root.scatter_reduce_(0, b, least, "amin")
-                while not torch.equal(root, root[root]):
-                    root = root[root]
-        frozen: dict[int, str] = {int(root[FIXED]): "constant"}
-        for labels, reason in self.frozen:
-            for component in root[labels].unique().tolist():
-                if not frozen.get(component):  # a real reason outranks the empty one
-                    frozen[component] = reason
-        mixed: dict[int, tuple[str, ...]] = {}
-        for labels, reason in self.mixed:
-            for component in root[labels].unique().tolist():
-                known = mixed.get(component, ())
-                mixed[component] = known if reason in known else (*known, reason)
-        return Solution(root, frozen, mixed)
+        """Draw connected labels together, after choosing for every box which of its parts can go.
+
+        A choice under which all that it lets go hangs together is of no use: then the box chooses anew.
+        """
+        base = _components(self.count, self.equal)
+        useless = list(self.avoided)
+        while True:
+            chosen = self._choose(base, useless)
+            equal, frozen = self._facts_of(chosen)
+            root = _components(self.count, equal, base) if equal else base
+            idle = self._idle(root, chosen)
+            if not idle:
+                break
+            useless += idle
+        reasons: dict[str, int] = {}
+        reason = torch.zeros(self.count, dtype=torch.long)
+        facts = [(torch.tensor([FIXED]), "constant"), *self.frozen, *frozen]
+        for labels, text in sorted(reversed(facts), key=lambda fact: bool(fact[1])):  # the first real reason wins
+            reason[root[labels.flatten()]] = reasons.setdefault(text, len(reasons)) + 1
+        mixed: dict[str, list[Tensor]] = {}
+        for labels, text in self.mixed:
+            mixed.setdefault(text, []).append(labels.flatten())
+        return Solution(
+            root,
+            reason,
+            tuple(reasons),
+            {text: root[torch.cat(parts)].unique() for text, parts in mixed.items()},
+            tuple(chosen),
+        )
+
+    def _choose(self, root: Tensor, useless: Sequence[Tensor]) -> list[int | None]:
+        """For every box the axis whose indices can go.
+
+        Axes that share labels (the heads of queries, keys and values) are one choice for all boxes. An axis that
+        nothing mixes is preferred, then the outer one: heads before head size, whose removal would change the scale
+        of attention.
+        """
+        if not self.boxes:
+            return []
+        stuck = torch.zeros(self.count, dtype=torch.bool)
+        for labels, _ in self.frozen:
+            stuck[root[labels.flatten()]] = True
+        stuck[root[FIXED]] = True
+        edges = []
+        for box in self.boxes:  # all labels of an axis belong to one choice, by way of an edge to its first
+            edges += [(root[axis], root[axis[:1]].expand_as(axis)) for axis in box.axes]
+        choice = _components(self.count, edges)
+        ends = torch.tensor([int(axis[0]) for box in self.boxes for axis in box.axes])
+        numbers = iter(choice[root[ends]].tolist())
+        parts = [[next(numbers) for _ in box.axes] for box in self.boxes]
+        blocked = {
+            part
+            for box, own in zip(self.boxes, parts, strict=True)
+            for axis, part in zip(box.axes, own, strict=True)
+            if bool(stuck[root[axis]].all()) or bool((root[axis] == root[axis[0]]).all())
+        }
+        blocked.update(choice[root[labels]][0].item() for labels in useless)
+        boxes_of: dict[int, list[int]] = {}
+        for number, own in enumerate(parts):
+            for part in set(own):
+                boxes_of.setdefault(part, []).append(number)
+        mixing = {choice[root[axis]][0].item() for axis in self._mixed_axes(root)}
+        wishes = sorted(
+            (part in mixing, place, number)
+            for number, own in enumerate(parts)
+            for place, part in enumerate(own)
+        )
+        taken: set[int] = set()
+        for _, place, number in wishes:
+            part = parts[number][place]
+            if part not in blocked and part not in taken:
+                taken.add(part)
+                for other in boxes_of[part]:  # a part beside a chosen one stays
+                    blocked.update(each for each in parts[other] if each != part)
+        return [next((axis for axis, part in enumerate(own) if part in taken), None) for own in parts]
+
+    def _mixed_axes(self, root: Tensor) -> Iterator[Tensor]:
+        mixed = torch.zeros(self.count, dtype=torch.bool)
+        for labels, _ in self.mixed:
+            mixed[root[labels.flatten()]] = True
+        return (axis for box in self.boxes for axis in box.axes if bool(mixed[root[axis]].any()))
+
+    def _facts_of(self, chosen: Sequence[int | None]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+        """What follows from a choice: the cells go with the chosen axis, the other axes stay."""
+        equal, frozen = [], []
+        for box, choice in zip(self.boxes, chosen, strict=True):
+            for axis, labels in enumerate(box.axes):
+                if axis == choice:
+                    shape = [-1 if dim == axis else 1 for dim in range(box.cells.dim())]
+                    equal.append((box.cells.flatten(), labels.view(shape).expand_as(box.cells).flatten()))
+                else:
+                    frozen.append((labels, ""))
+            if choice is None:
+                frozen.append((box.cells.flatten(), f"splits a prunable dimension ({box.where})"))
+        return equal, frozen
+
+    def _idle(self, root: Tensor, chosen: Sequence[int | None]) -> list[Tensor]:
+        """Chosen axes whose indices all hang together, or all stay, where the box has another axis to try."""
+        frozen = torch.zeros(self.count, dtype=torch.bool)
+        for labels, _ in self.frozen:
+            frozen[root[labels.flatten()]] = True
+        found = []
+        for box, choice in zip(self.boxes, chosen, strict=True):
+            if choice is not None and len(box.axes) > 1:
+                roots = root[box.axes[choice]]
+                if bool((roots == roots[0]).all()) or bool(frozen[roots].all()):
+                    found.append(box.axes[choice])
+        return found
+
+    def reconsider(self, solution: Solution, roots: Tensor, reason: str) -> None:
+        """State that components can't go as they were drawn: their boxes take another axis, or they stay."""
+        found = False
+        for box, choice in zip(self.boxes, solution.chosen, strict=True):
+            if choice is not None and bool(torch.isin(solution.root[box.axes[choice]], roots).any()):
+                self.avoided.append(box.axes[choice])
+                found = True
+        if not found:
+            self.freeze(roots, reason)
+
+
+def _components(count: int, equal: Iterable[tuple[Tensor, Tensor]], start: Tensor | None = None) -> Tensor:
+    """The least label of each connected component (vectorised hooking and pointer jumping, near linear)."""
+    root = torch.arange(count) if start is None else start.clone()
+    pairs = list(equal)
+    if not pairs:
+        return root
+    first = torch.cat([pair[0] for pair in pairs])
+    second = torch.cat([pair[1] for pair in pairs])
+    while True:
+        a, b = root[first], root[second]
+        if bool((a == b).all()):
+            return root
+        least = torch.minimum(a, b)
+        root.scatter_reduce_(0, a, least, "amin")
+        root.scatter_reduce_(0, b, least, "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]

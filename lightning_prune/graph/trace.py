@@ -14,17 +14,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_prune.graph.callsites import CallRecorder, CallSite, ModuleCall, ModuleStack, in_backward
-from lightning_prune.graph.labels import LabelBook
+from lightning_prune.graph.callsites import (
+    Attribute,
+    CallRecorder,
+    CallSite,
+    ModuleCall,
+    ModuleStack,
+    in_backward,
+    marked_attributes,
+)
+from lightning_prune.graph.labels import Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
+from lightning_prune.graph.sized import SizedFunction
 
-__all__ = ["Contraction", "Leaf", "Trace", "Tracer"]
+__all__ = ["AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
 
 _aten = torch.ops.aten
 _FLOPS = {  # torch has no formula for the attention that it runs on the CPU
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
 }
+_COLLECTIVES = ("c10d", "_c10d_functional")
+_NO_SIZES: frozenset[Any] = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
 @dataclass(frozen=True)
@@ -46,17 +57,56 @@ class Contraction:
     factors: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, order=True)
+class AttributeSite:
+    """An integer that a module holds: its attribute, or an element of it where that is a tuple."""
+
+    module: str
+    name: str
+    place: int | None = None
+
+
 @dataclass
 class Trace:
-    """What one or several runs of a model told."""
+    """What one or several runs of a model told.
+
+    Attributes:
+        leaves: Dimensions of parameters and buffers.
+        shapes: Shapes of parameters and buffers.
+        parameters: Names of the parameters.
+        book: The labels and what is known of them.
+        sized: What the sizes in calls count.
+        attributes: What integers that modules hold count, each time that one was used as a size.
+        numeric: Modules and their attributes that the forward calculates with: these must not change.
+        constants: Buffers that hold indices, and what they count along.
+        unmasked: Dimensions of parameters that a masked model leaves as they are.
+        contractions: Calls that multiply.
+        calls: The calls of the model, or of its parts, from outside.
+        data_dependent: Whether shapes depended on values.
+    """
 
     leaves: list[Leaf] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: set[str] = field(default_factory=set)
     book: LabelBook = field(default_factory=LabelBook)
     sized: dict[tuple[CallSite, int], Tensor] = field(default_factory=dict)
+    attributes: dict[AttributeSite, list[Tensor]] = field(default_factory=dict)
+    numeric: set[tuple[str, str]] = field(default_factory=set)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    unmasked: set[tuple[str, int]] = field(default_factory=set)
     contractions: list[Contraction] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
+    data_dependent: bool = False
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a tensor."""
+
+    dims: Dims
+    static: bool
+    mixes: tuple[tuple[Tensor, str], ...] = ()
+    sizes: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Dispatch(TorchDispatchMode):
@@ -86,17 +136,20 @@ class _Dispatch(TorchDispatchMode):
 class Tracer:
     """Watches one model; every run inside `watch` adds to ``trace``.
 
-    Labels of activations live in a dictionary with weak keys, so a trace holds no tensor alive.
+    What is known of activations lives in a dictionary with weak keys, so a trace holds no tensor alive.
     """
 
     def __init__(self, model: nn.Module, *, wrapped: bool = False) -> None:
         """Prepare to watch ``model``; ``wrapped``: it is called by another module, such as DDP, never directly."""
         self.trace = Trace()
         self.stepping = False
+        self._model = model
         self._wrapped = wrapped
-        self._dims: Any = WeakTensorKeyDictionary()
+        self._known: Any = WeakTensorKeyDictionary()
         self._unread = {id(p): name for name, p in model.named_parameters()}
+        self._names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside)
+        self._patchable = False
         self.trace.parameters.update(name for name, _ in model.named_parameters())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._add_leaves(name, tensor)
@@ -111,14 +164,15 @@ class Tracer:
             labels = self.trace.book.new(size)
             dims.append(labels)
             self.trace.leaves.append(Leaf(name, dim, labels, tensor.dim()))
-        self._dims[tensor] = tuple(dims)
+        self._known[tensor] = _Known(tuple(dims), True)
 
     @contextmanager
     def watch(self) -> Iterator[Trace]:
         """Everything that the model runs inside is followed."""
         with ExitStack() as stack:
             stack.enter_context(self._stack.watch())
-            stack.enter_context(CallRecorder(self._stack, self._sized_call))
+            stack.enter_context(marked_attributes(self._model, self.trace.numeric))
+            stack.enter_context(CallRecorder(self._stack, self))
             stack.enter_context(_Dispatch(self))
             yield self.trace
         self.trace.calls = self._stack.outermost
@@ -147,38 +201,75 @@ class Tracer:
         """State that these tensors keep their shape."""
         for leaf in pytree.tree_leaves(outputs):
             if isinstance(leaf, Tensor):
-                for labels in self._dims.get(leaf, ()):
-                    self.trace.book.freeze(labels, reason)
+                known = self._known.get(leaf)
+                if known is not None:
+                    self.trace.book.mixed.extend(known.mixes)
+                    for labels in known.dims:
+                        self.trace.book.freeze(labels, reason)
 
     def _outermost_output(self, path: str, output: Any) -> None:
         if path == "":
             self.freeze_outputs(output, "reaches the model's output")
 
     def _is_outside(self, inputs: Any) -> bool:
-        return not any(isinstance(leaf, Tensor) and leaf in self._dims for leaf in pytree.tree_leaves(inputs))
+        return not any(isinstance(leaf, Tensor) and leaf in self._known for leaf in pytree.tree_leaves(inputs))
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Apply the rule of one executed call."""
-        if self._unread:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                self._unread.pop(id(leaf), None)
-        book = self.trace.book
-        call = Call(func, args, kwargs, out, self._stack.path, book, self._dims.get)
+        if func.namespace == "prim":  # a property of a tensor was read
+            return
+        inputs = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
+        static = True
+        for tensor in inputs:
+            self._unread.pop(id(tensor), None)
+            known = self._known.get(tensor)
+            static = static and known is not None and known.static
+            if known is not None and known.mixes:
+                self.trace.book.mixed.extend(known.mixes)
+        if not _NO_SIZES.isdisjoint(func.tags):
+            self.trace.data_dependent = True
+        call = Call(
+            func, args, kwargs, out, self._stack.path, self.trace.book, self._dims_of, self._is_static, self._patchable
+        )
         found = find_rule(func)
-        if found is None:
-            self._count(call)
-            if func.namespace in ("c10d", "_c10d_functional"):  # collectives of DDP change no shape
-                return
+        result: Any = None
+        if found is not None:
+            result = found(call)
+        elif func.namespace not in _COLLECTIVES:  # those of DDP change no shape
             call.freeze_all(f"no rule for {func} ({call})")
-            return
-        result = found(call)
-        outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        if result is None:
-            return
-        for tensor, dims in zip(outs, result if isinstance(result, list) else [result], strict=False):
-            if any(labels is not None for labels in dims):
-                self._dims[tensor] = dims
+        self._note(call, result, static)
         self._count(call)
+
+    def _note(self, call: Call, result: Any, static: bool) -> None:
+        """Keep what a rule said of the outputs, and what it said of the arguments."""
+        if call.sizes and not self._patchable:
+            for labels in call.sizes.values():
+                call.freeze(labels, "a number that is written in a call counts it")
+        for tensor, dim in call.unmasked:
+            if id(tensor) in self._names:
+                self.trace.unmasked.add((self._names[id(tensor)], dim))
+        for tensor, labels in call.constants:
+            name = self._names.get(id(tensor))
+            if name is None or name in self.trace.parameters or name in self.trace.constants:
+                call.freeze(labels, "picks indices of")
+            else:
+                self.trace.constants[name] = labels
+        outs = [leaf for leaf in pytree.tree_leaves(call.out) if isinstance(leaf, Tensor)]
+        all_dims = result if isinstance(result, list) else [] if result is None else [result]
+        for at, tensor in enumerate(outs):
+            dims = all_dims[at] if at < len(all_dims) else (None,) * tensor.dim()
+            if static or call.mixes or any(labels is not None for labels in dims):
+                self._known[tensor] = _Known(dims, static, tuple(call.mixes), call.sizes)
+            elif tensor in self._known:  # written into
+                self._known[tensor] = _Known(dims, False)
+
+    def _dims_of(self, tensor: Tensor) -> Dims | None:
+        known = self._known.get(tensor)
+        return None if known is None else known.dims
+
+    def _is_static(self, tensor: Tensor) -> bool:
+        known = self._known.get(tensor)
+        return known is not None and known.static
 
     def _count(self, call: Call) -> None:
         count = _FLOPS.get(call.func.overloadpacket)
@@ -186,16 +277,46 @@ class Tracer:
             macs = int(count(*call.args, **call.kwargs, out_val=call.out)) // 2
             self.trace.contractions.append(Contraction(call.path, macs, tuple(call.factors)))
 
-    def _sized_call(self, site: CallSite | None, sizes: list[Any], result: Tensor) -> None:
-        for dim, labels in enumerate(self._dims.get(result, ())):
-            if labels is None or len(sizes) != result.dim() or sizes[dim] == -1:
+    @contextmanager
+    def calling(self, kind: SizedFunction, site: CallSite | None) -> Iterator[None]:
+        """A function that may hold sizes is running; outside any module's forward they can't be rewritten."""
+        before, self._patchable = self._patchable, site is not None and (kind.picks or kind.extents is None)
+        try:
+            yield
+        finally:
+            self._patchable = before
+
+    def called(
+        self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Note what the sizes of a call count."""
+        if not self.listening:
+            return
+        if kind.extents is None:
+            known = self._known.get(result)
+            extents = {} if known is None else known.sizes
+        else:
+            extents = kind.extents(self._labels_of, args, kwargs, result)
+        if not extents:
+            return
+        given = kind.read(args, kwargs)
+        for place, labels in extents.items():
+            if place >= len(given) or given[place] is None:
                 continue
             if site is None:
                 self.trace.book.freeze(labels, "its size is written outside any module's forward")
                 continue
-            known = self.trace.sized.setdefault((site, dim), labels)
-            if len(known) == len(labels):  # the module runs more than once: one patch must serve all runs
-                self.trace.book.unify(known, labels, "")
+            if isinstance(given[place], Attribute):
+                marked = given[place]
+                self.trace.attributes.setdefault(
+                    AttributeSite(marked.module, marked.name, marked.place), []
+                ).append(labels)
+            known_labels = self.trace.sized.setdefault((site, place), labels)
+            if len(known_labels) == len(labels):  # the module runs more than once: one patch must serve all runs
+                self.trace.book.unify(known_labels, labels, "")
             else:
-                for different in (known, labels):
+                for different in (known_labels, labels):
                     self.trace.book.freeze(different, f"{site.function} in {site.module} has varying sizes")
+
+    def _labels_of(self, tensor: Tensor) -> Dims:
+        return self._dims_of(tensor) or (None,) * tensor.dim()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,26 @@ from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import same_buffers
 
-__all__ = ["TOLERANCE", "compare_outputs", "masked_outputs", "masked_tensors"]
+__all__ = ["TOLERANCE", "compare_outputs", "compare_shapes", "masked_outputs", "masked_tensors"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, relative to the largest output, by dtype: rounding differs with the shapes."""
 
 
-def masked_tensors(tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Sequence[int]]]) -> dict[str, Tensor]:
-    """Copies of the tensors that shrink, zero wherever one of the dimensions is not kept."""
+def masked_tensors(
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Mapping[int, Sequence[int]]],
+    unmasked: Collection[tuple[str, int]] = (),
+) -> dict[str, Tensor]:
+    """Copies of the tensors that shrink, zero wherever one of the dimensions is not kept; indices stay what they are."""
     result = {}
     for name, dims in kept.items():
+        if not (tensors[name].is_floating_point() or tensors[name].is_complex()):
+            continue
         masked = tensors[name].detach().clone()
         for dim, index in dims.items():
+            if (name, dim) in unmasked:
+                continue
             gone = torch.ones(masked.size(dim), dtype=torch.bool)
             gone[torch.as_tensor(index)] = False
             masked.index_fill_(dim, gone.nonzero().squeeze(1).to(masked.device), 0)
@@ -45,21 +53,29 @@ def masked_outputs(model: nn.Module, masked: Mapping[str, Tensor], calls: Sequen
     return outputs
 
 
+def compare_shapes(expected: Any, actual: Any) -> None:
+    """Check that two trees of outputs have the same shapes.
+
+    Raises:
+        SurgeryError: They differ in structure or shape; the message says where.
+    """
+    wanted, got = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
+    if len(wanted) != len(got):
+        raise SurgeryError(f"{len(got)} outputs after the removal, {len(wanted)} before")
+    for number, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if isinstance(a, Tensor) and a.shape != b.shape:
+            raise SurgeryError(f"output {number} has shape {tuple(b.shape)} after, {tuple(a.shape)} before")
+
+
 def compare_outputs(expected: Any, actual: Any) -> None:
     """Check that two trees of outputs agree up to rounding.
 
     Raises:
         SurgeryError: They differ in structure, shape or value; the message says where and how much.
     """
-    wanted, got = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
-    if len(wanted) != len(got):
-        raise SurgeryError(f"{len(got)} outputs after the removal, {len(wanted)} before")
-    for number, (a, b) in enumerate(zip(wanted, got, strict=True)):
-        if not isinstance(a, Tensor):
-            continue
-        if a.shape != b.shape:
-            raise SurgeryError(f"output {number} has shape {tuple(b.shape)} after, {tuple(a.shape)} before")
-        if not a.is_floating_point():
+    compare_shapes(expected, actual)
+    for number, (a, b) in enumerate(zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)):
+        if not isinstance(a, Tensor) or not a.is_floating_point():
             continue  # indices and counts jump where rounding differs
         finite = a.isfinite() & b.isfinite()
         largest = a[finite].abs().max().item() if bool(finite.any()) else 0.0

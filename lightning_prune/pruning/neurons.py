@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from lightning_prune.graph.callsites import (
 )
 from lightning_prune.graph.groups import Groups, find_groups
 from lightning_prune.graph.run import run_calls, undisturbed
-from lightning_prune.graph.verify import compare_outputs, masked_outputs, masked_tensors
+from lightning_prune.graph.verify import compare_outputs, compare_shapes, masked_outputs, masked_tensors
 from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import (
@@ -35,9 +35,9 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import named_tensors, shrink
+from lightning_prune.pruning.surgery import Change, Value, named_tensors, shrink
 
-__all__ = ["prune_neurons", "remove_neurons"]
+__all__ = ["prune_neurons", "remove_chosen", "remove_neurons"]
 
 RANDOM = object()
 """Stands for an output that differs from run to run."""
@@ -90,22 +90,21 @@ def prune_neurons(
     score = get_criterion(criterion, NEURON_CRITERIA)
     check_round_to(round_to)
     optimizers = _as_optimizers(optimizer)
-    groups = find_groups(model, example_inputs)
-    allowed = pick(groups, globs("include", include), globs("exclude", exclude), exact_only)
-    check_prunable(groups, allowed)
-    alive = select_neurons(
-        groups,
-        score(groups, named_tensors(model)),
-        allowed,
-        amount,
-        of=of,
-        scope=scope,
-        round_to=round_to,
-        dense=measure_dense(groups, allowed),
-    )
-    plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
+    chosen = globs("include", include), globs("exclude", exclude)
+    with torch.inference_mode(False), torch.no_grad():
+        groups = find_groups(model, example_inputs)
+
+        def choose(groups: Groups) -> Tensor:
+            allowed = pick(groups, *chosen, exact_only)
+            check_prunable(groups, allowed)
+            dense, scores = measure_dense(groups, allowed), score(groups, named_tensors(model))
+            return select_neurons(
+                groups, scores, allowed, amount, of=of, scope=scope, round_to=round_to, dense=dense
+            )
+
+        plan, _ = remove_chosen(model, groups, choose, optimizers=optimizers, verify=verify)
     if not plan:
-        warn_no_effect(f"amount={amount:g} of {int(allowed.sum())} {of} rounds to no neuron at all")
+        warn_no_effect(f"amount={amount:g} of the {of} rounds to no neuron at all")
     return plan
 
 
@@ -133,6 +132,81 @@ def check_prunable(groups: Groups, allowed: Tensor) -> None:
         raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
 
 
+def remove_chosen(
+    model: nn.Module,
+    groups: Groups,
+    choose: Callable[[Groups], Tensor],
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    verify: bool = True,
+) -> tuple[Plan, Groups]:
+    """Remove what ``choose`` picks. Groups that turn out not to fit are drawn along another axis, or frozen.
+
+    Args:
+        model: The model that ``groups`` were found in.
+        groups: Its groups.
+        choose: Maps groups to the neurons that stay, bool (neurons,).
+        optimizers: Those that hold its parameters.
+        verify: Compare the outputs with those of the masked model.
+
+    Returns:
+        The plan, and the groups as they are afterwards.
+
+    Raises:
+        PruningError: ``choose`` finds that what is left can't reach the amount; everything is as it was.
+        SurgeryError: The model fails even if nothing is removed; everything is as it was.
+    """
+    optimizers = tuple(optimizers)
+    while True:
+        alive = choose(groups)
+        if bool(alive.all()):
+            return Plan({}, {}), groups
+        try:
+            plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
+        except SurgeryError as error:
+            faulty = _faulty(model, groups, alive, verify)
+            if not faulty:
+                raise
+            cause = str(error.__cause__ or error).splitlines()[0]
+            groups = groups.refuse(faulty, f"its removal fails: {cause}")
+        else:
+            return plan, groups.without(alive)
+
+
+def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> list[int]:
+    """The groups without which a removal succeeds, found by halving; nothing is removed."""
+    touched = [
+        number
+        for number, numbers in enumerate(groups.ranges)
+        if not bool(alive[numbers.start : numbers.stop].all())
+    ]
+
+    def works(numbers: Sequence[int]) -> bool:
+        some = torch.ones_like(alive)
+        for number in numbers:
+            neurons = groups.ranges[number]
+            some[neurons.start : neurons.stop] = alive[neurons.start : neurons.stop]
+        try:
+            _attempt(model, groups, some, (), verify)[1].undo()
+        except SurgeryError:
+            return False
+        return True
+
+    def search(good: list[int], candidates: list[int]) -> list[int]:
+        """Adds to ``good`` those of the candidates that work together with it; returns the others."""
+        if works([*good, *candidates]):
+            good += candidates
+            return []
+        if len(candidates) == 1:
+            return candidates
+        half = len(candidates) // 2
+        return search(good, candidates[:half]) + search(good, candidates[half:])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the real attempt has said it
+        return search([], touched)
+
+
 def remove_neurons(
     model: nn.Module,
     groups: Groups,
@@ -156,6 +230,13 @@ def remove_neurons(
     Warns:
         UserWarning: A call can't be repeated in evaluation mode, so that it could not be checked.
     """
+    return _attempt(model, groups, alive, optimizers, verify)[0]
+
+
+def _attempt(
+    model: nn.Module, groups: Groups, alive: Tensor, optimizers: Iterable[Optimizer], verify: bool
+) -> tuple[Plan, Change]:
+    """The removal, and how to take it back."""
     kept = groups.kept(alive)
     tensors = named_tensors(model)
     names: dict[int, list[str]] = {}
@@ -172,32 +253,83 @@ def remove_neurons(
     compare = verify and all(group.exact for group in touched)
     with undisturbed(model):
         model.eval()
-        calls, expected = _run_masked(model, masked_tensors(tensors, kept), groups.calls, verify)
-        change = shrink(model, kept, optimizers)
+        calls, expected = _run_masked(model, masked_tensors(tensors, kept, groups.unmasked), groups.calls, verify)
+        counts = groups.counts(alive)
+        numbers = _numbers(model, groups, alive, kept, tensors)
+        change = shrink(model, kept, optimizers, counts=counts, numbers=numbers)
+        change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
             patches, actual = _patch_sizes(model, groups, alive, calls)
             if patches and compare:
                 actual = run_calls(model, calls)
             for call, a, b in zip(calls, expected, actual, strict=True):
                 # A part's output may shrink, the model's never; one that is random can't be compared.
-                if compare and a is not RANDOM and (call.path == "" or _same_shapes(a, b)):
+                comparable = call.path == "" and not groups.data_dependent
+                if compare and a is not RANDOM and (comparable or _same_shapes(a, b)):
                     compare_outputs(a, b)
+                elif call.path == "" and a is not RANDOM and not groups.data_dependent:
+                    compare_shapes(a, b)
         except BaseException as error:
             change.undo()
-            remove_patches(model)
-            install_patches(model, before)
             if not isinstance(error, Exception):  # such as the user's Ctrl-C
                 raise
             made_by = ", ".join(group.name for group in touched)
             raise SurgeryError(f"Can't remove neurons of {made_by}: {error}\nThe model is as it was.") from error
-    return Plan(
+    plan = Plan(
         kept={alias: kept[name] for alias, name in aliases.items()},
         shapes=shapes,
         attributes=change.attributes,
         patches=tuple(patches),
+        counts=counts,
         approximate={group.name: ", ".join(group.mixing) for group in touched if group.mixing},
         frozen={str(part): group.frozen or "" for group in groups.frozen for part in group.slices},
     )
+    return plan, change
+
+
+def _restore_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
+    remove_patches(model)
+    install_patches(model, patches)
+
+
+WIDTHS = frozenset(
+    "channel channels chans d dim dims embd embed emb embedding feature features filters hidden inner width planes "
+    "units neurons in out input output".split()
+)
+"""Words in the names of attributes that hold a width; others are left alone unless the forward uses them as a size."""
+
+
+def _numbers(
+    model: nn.Module, groups: Groups, alive: Tensor, kept: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Value]]:
+    """The integers that modules hold and that must change: those used as sizes, and those that tell a width."""
+    modules = dict(model.named_modules())
+    found: dict[str, dict[str, Value]] = {}
+    for site, size in groups.numbers(alive).items():
+        held = modules[site.module].__dict__.get(site.name)
+        if site.place is None:
+            found.setdefault(site.module, {})[site.name] = size
+        elif isinstance(held, (tuple, list)):
+            numbers = list(found.get(site.module, {}).get(site.name, held))  # type: ignore[arg-type]
+            numbers[site.place] = size
+            found.setdefault(site.module, {})[site.name] = tuple(numbers)
+    used = {(site.module, site.name) for site in groups.attributes} | groups.numeric
+    sizes = [
+        (name, dim, size, len(kept.get(name, {}).get(dim, range(size))))
+        for name, tensor in tensors.items()
+        for dim, size in enumerate(tensor.shape)
+    ]
+    for path, module in modules.items():
+        if type(module).__module__.startswith("torch.nn."):
+            continue  # what these hold follows from their tensors
+        prefix = f"{path}." if path else ""
+        for name, value in module.__dict__.items():
+            if type(value) is not int or value < 2 or (path, name) in used or not WIDTHS & set(name.split("_")):
+                continue
+            after = {new for owner, _, size, new in sizes if size == value and owner.startswith(prefix)}
+            if len(after) == 1 and after != {value}:
+                found.setdefault(path, {})[name] = after.pop()
+    return found
 
 
 def _run_masked(

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
-from lightning_prune.pruning.surgery import Attributes, enlarge, named_tensors, shrink
+from lightning_prune.pruning.surgery import Attributes, Value, enlarge, named_tensors, shrink
 
 __all__ = ["Plan"]
 
@@ -24,6 +24,7 @@ class Plan:
         shapes: Shape before the removal of each of them.
         attributes: Module -> size attribute (``in_features``, ``groups``, …) -> its value before and after.
         patches: Sizes written in a forward that are rewritten at the call.
+        counts: Buffers that hold indices -> the indices kept of what they count along.
         approximate: Pruned layers whose neurons an operation reads together -> those operations.
         frozen: Parameter dimensions that had to stay -> why.
     """
@@ -32,6 +33,7 @@ class Plan:
     shapes: dict[str, list[int]]
     attributes: Attributes = field(default_factory=dict)
     patches: tuple[SizePatch, ...] = ()
+    counts: dict[str, list[int]] = field(default_factory=dict)
     approximate: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
 
@@ -44,9 +46,11 @@ class Plan:
             "kept": {name: {str(dim): list(index) for dim, index in dims.items()} for name, dims in self.kept.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {
-                path: {name: list(values) for name, values in named.items()} for path, named in self.attributes.items()
+                path: {name: [_plain(value) for value in values] for name, values in named.items()}
+                for path, named in self.attributes.items()
             },
             "patches": [patch.to_dict() for patch in self.patches],
+            "counts": {name: list(index) for name, index in self.counts.items()},
             "approximate": dict(self.approximate),
             "frozen": dict(self.frozen),
         }
@@ -66,10 +70,11 @@ class Plan:
                 },
                 shapes={name: [int(size) for size in shape] for name, shape in data["shapes"].items()},
                 attributes={
-                    path: {name: (int(before), int(after)) for name, (before, after) in named.items()}
+                    path: {name: (_value(before), _value(after)) for name, (before, after) in named.items()}
                     for path, named in data["attributes"].items()
                 },
                 patches=tuple(SizePatch.from_dict(patch) for patch in data["patches"]),
+                counts={name: [int(i) for i in index] for name, index in data.get("counts", {}).items()},
                 approximate=dict(data["approximate"]),
                 frozen=dict(data["frozen"]),
             )
@@ -90,7 +95,8 @@ class Plan:
                 raise PruningError(
                     f"the plan expects {name!r} of shape {tuple(shape)}, got {tuple(tensors[name].shape)}"
                 )
-        change = shrink(model, self.kept)
+        after = {path: {name: value for name, (_, value) in named.items()} for path, named in self.attributes.items()}
+        change = shrink(model, self.kept, counts=self.counts, numbers=after)
         try:
             install_patches(model, self.patches)
         except BaseException:
@@ -115,6 +121,9 @@ class Plan:
             for dim, index in dims.items():
                 known = kept.setdefault(name, {}).get(dim)
                 kept[name][dim] = index if known is None else [known[i] for i in index]
+        counts = {name: list(index) for name, index in self.counts.items()}
+        for name, index in later.counts.items():
+            counts[name] = [counts[name][i] for i in index] if name in counts else list(index)
         patches = {(patch.site, patch.dim): patch for patch in self.patches}
         for patch in later.patches:
             earlier = patches.get((patch.site, patch.dim), patch)
@@ -129,6 +138,15 @@ class Plan:
             shapes={**later.shapes, **self.shapes},
             attributes=attributes,
             patches=tuple(patches.values()),
+            counts=counts,
             approximate={**self.approximate, **later.approximate},
             frozen=later.frozen,
         )
+
+
+def _plain(value: Value) -> int | list[int]:
+    return value if isinstance(value, int) else list(value)
+
+
+def _value(data: Any) -> Value:
+    return tuple(int(item) for item in data) if isinstance(data, (list, tuple)) else int(data)

@@ -16,16 +16,38 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PruningError
+from lightning_prune.pruning.attention import install_narrow_attention, remove_narrow_attention
 
-__all__ = ["Attributes", "Change", "Kept", "Undo", "enlarge", "fit_shapes", "fits", "named_tensors", "shrink", "take"]
+__all__ = [
+    "Attributes",
+    "Change",
+    "Counts",
+    "Kept",
+    "Numbers",
+    "Undo",
+    "Value",
+    "enlarge",
+    "fit_shapes",
+    "fits",
+    "named_tensors",
+    "shrink",
+    "take",
+]
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 Undo = Callable[[], None]
 Replaced = dict[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]
 """Id of a tensor -> itself, the smaller one in its place, what that keeps of each dimension."""
 
-Attributes = dict[str, dict[str, tuple[int, int]]]
+Value = int | tuple[int, ...] | list[int]
+Attributes = dict[str, dict[str, tuple[Value, Value]]]
 """Module path -> attribute -> its value before and after."""
+
+Numbers = Mapping[str, Mapping[str, Value]]
+"""Module path -> attribute -> its value afterwards."""
+
+Counts = Mapping[str, Sequence[int]]
+"""Buffer of indices -> the indices that stay of what it counts along."""
 
 
 @dataclass
@@ -57,7 +79,14 @@ def take(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
     return result.contiguous()
 
 
-def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> Change:
+def shrink(
+    model: nn.Module,
+    kept: Kept,
+    optimizers: Iterable[Optimizer] = (),
+    *,
+    counts: Counts | None = None,
+    numbers: Numbers | None = None,
+) -> Change:
     """Keep only some indices of a model's parameters and buffers.
 
     Shared parameters stay shared, gradients and optimizer state shrink alike, the size attributes of torch's
@@ -67,6 +96,8 @@ def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -
         model: The model.
         kept: Name of a parameter or buffer -> dimension -> indices to keep.
         optimizers: Those that hold its parameters.
+        counts: Buffers that hold indices -> the indices that stay of what they count along.
+        numbers: Further integers that modules hold, and their values afterwards.
 
     Returns:
         What was done, with ``undo()``.
@@ -75,21 +106,31 @@ def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -
         PruningError: A name or an index does not exist; nothing was changed.
     """
     tensors = named_tensors(model)
+    counts = counts or {}
     replaced: Replaced = {}
-    for name, dims in kept.items():
+    for name in (*kept, *(name for name in counts if name not in kept)):
         if name not in tensors:
             raise PruningError(f"{type(model).__name__} has no parameter or buffer {name!r}")
-        old = tensors[name]
+        old, dims = tensors[name], kept.get(name, {})
         for dim, index in dims.items():
             size = old.size(dim) if 0 <= dim < old.dim() else 0
             if len(index) == 0 or not 0 <= min(index) <= max(index) < size:
                 raise PruningError(f"{name!r} of shape {tuple(old.shape)} has no such indices in dim {dim}: {index}")
-        replaced[id(old)] = (old, _shrunk(old, dims), dims)
+        if id(old) not in replaced:
+            new = _shrunk(old, dims)
+            replaced[id(old)] = (old, _renumbered(new, counts[name]) if name in counts else new, dims)
+    modules = dict(model.named_modules())
+    for path in numbers or {}:
+        if path not in modules:
+            raise PruningError(f"{type(model).__name__} has no module {path!r}")
 
     change = Change()
     try:
-        for path, module in model.named_modules():
-            _replace(path, module, replaced, change)
+        for path, module in modules.items():
+            _replace(path, module, replaced, (numbers or {}).get(path, {}), change)
+        for path, module in modules.items():
+            if isinstance(module, nn.MultiheadAttention):
+                _narrow(path, module, kept, change)
         for optimizer in optimizers:
             _follow(optimizer, replaced, change)
     except BaseException:
@@ -98,20 +139,82 @@ def shrink(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -
     return change
 
 
-def _replace(path: str, module: nn.Module, replaced: Replaced, change: Change) -> None:
-    """Put the smaller tensors into one module."""
+def _renumbered(index: Tensor, left: Sequence[int]) -> Tensor:
+    """Indices into a dimension of which only some are left."""
+    return torch.searchsorted(torch.as_tensor(left, dtype=index.dtype, device=index.device), index).to(index.dtype)
+
+
+def _replace(
+    path: str, module: nn.Module, replaced: Replaced, numbers: Mapping[str, Value], change: Change
+) -> None:
+    """Put the smaller tensors into one module, and its sizes."""
     before = dict(module.__dict__)
     registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    touched = False
     for registry in registries:
         for key, tensor in registry.items():
             if tensor is not None and id(tensor) in replaced:
                 change.steps.append(_setter(registry, key, tensor))
                 registry[key] = replaced[id(tensor)][1]
-    for attribute, value in _sizes(module, before).items():
-        if before[attribute] != value:
-            change.steps.append(_setter(module.__dict__, attribute, before[attribute]))
-            change.attributes.setdefault(path, {})[attribute] = (before[attribute], value)
-            module.__dict__[attribute] = value
+                touched = True
+    for key, value in before.items():
+        if isinstance(value, Tensor):  # what old-style weight_norm computes anew in each forward
+            change.steps.append(_setter(module.__dict__, key, value))
+        elif key == "_flat_weights" or (isinstance(value, list) and any(id(item) in replaced for item in value)):
+            change.steps.append(_setter(module.__dict__, key, value))
+            module.__dict__[key] = [replaced[id(item)][1] if id(item) in replaced else item for item in value]
+    if touched and isinstance(module, nn.RNNBase):  # its list may hold what a functional call has put there
+        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+    for attribute, value in numbers.items():
+        set_attribute(path, module, attribute, value, change)
+    if touched or _is_parametrized(module, replaced):
+        for attribute, value in layer_sizes(module, before, numbers).items():
+            set_attribute(path, module, attribute, value, change)
+
+
+def _is_parametrized(module: nn.Module, replaced: Replaced) -> bool:
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is None:
+        return False
+    new = {id(entry[1]) for entry in replaced.values()}
+    return any(id(p) in replaced or id(p) in new for p in parametrizations.parameters())
+
+
+def set_attribute(path: str, module: nn.Module, attribute: str, value: Value, change: Change) -> None:
+    """Give a module's attribute another value, and remember the one it had."""
+    old = module.__dict__.get(attribute)
+    if isinstance(old, (tuple, list)) and isinstance(value, (tuple, list)):
+        value = type(old)(value)
+    if old is None or old == value:
+        return
+    change.steps.append(_setter(module.__dict__, attribute, old))
+    first = change.attributes.setdefault(path, {}).get(attribute, (old, value))[0]
+    change.attributes[path][attribute] = (first, value)
+    module.__dict__[attribute] = value
+
+
+def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, change: Change) -> None:
+    """Attention whose heads no longer add up to the width of its input needs a forward that lets them."""
+    prefix = f"{path}." if path else ""
+    packed = module.in_proj_weight is not None
+    name = f"{prefix}{'in_proj_weight' if packed else 'q_proj_weight'}"
+    weight: Any = module.in_proj_weight if packed else module.q_proj_weight
+    rows: Sequence[int] | None = kept.get(name, {}).get(0)
+    heads, size = module.num_heads, module.head_dim
+    if rows is not None:
+        own = len(weight) // 3 if packed else len(weight)
+        heads = len({row // size for row in rows[:own]})
+        size = own // heads
+    key: Any = weight if packed else module.k_proj_weight
+    value: Any = weight if packed else module.v_proj_weight
+    sizes = {"num_heads": heads, "head_dim": size, "embed_dim": weight.size(1)}
+    sizes |= {"kdim": key.size(1), "vdim": value.size(1)}
+    scale = module.head_dim**-0.5
+    for attribute, number in sizes.items():
+        set_attribute(path, module, attribute, number, change)
+    if heads * size != weight.size(1) or size != round(scale**-2):
+        change.steps.append(install_narrow_attention(module, scale))
+        set_attribute(path, module, "_qkv_same_embed_dim", False, change)  # keeps torch's fast path off
 
 
 def _setter(target: Any, key: Any, value: Any) -> Undo:
@@ -132,14 +235,22 @@ def _shrunk(old: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
     return new
 
 
-def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
+def _weight_of(module: nn.Module) -> Tensor | None:
+    """A layer's weight, or what has its shape where a parametrization computes it."""
+    for name in ("weight", "weight_v", "weight_orig"):
+        if module._parameters.get(name) is not None:
+            return module._parameters[name]
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def layer_sizes(module: nn.Module, before: Mapping[str, Any], numbers: Mapping[str, Value]) -> dict[str, Value]:
     """What the size attributes of torch's own layers must be, given the shapes of their tensors."""
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = _weight_of(module)
     if isinstance(module, nn.Linear):
         return {"in_features": weight.size(1), "out_features": weight.size(0)}
     if isinstance(module, nn.modules.conv._ConvNd):
-        depthwise = before["groups"] > 1 and before["groups"] == before["in_channels"] == before["out_channels"]
-        groups = weight.size(0) if depthwise else module.groups
+        groups = module.groups if "groups" in numbers else _groups_of(module, weight, before)
         first, second = weight.size(0), weight.size(1) * groups
         if module.transposed:
             first, second = weight.size(1) * groups, weight.size(0)
@@ -147,9 +258,37 @@ def _sizes(module: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(module, nn.modules.batchnorm._NormBase):
         holder = next((t for t in (weight, module.running_mean) if t is not None), None)
         return {} if holder is None else {"num_features": holder.numel()}
+    if isinstance(module, nn.GroupNorm):
+        return {} if weight is None else {"num_channels": weight.numel()}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {} if weight is None else {"normalized_shape": tuple(weight.shape)}
     if isinstance(module, nn.PReLU):
         return {"num_parameters": weight.numel()}
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {"num_embeddings": weight.size(0), "embedding_dim": weight.size(1)}
+    if isinstance(module, nn.Bilinear):
+        out, one, other = weight.shape
+        return {"in1_features": one, "in2_features": other, "out_features": out}
+    if isinstance(module, nn.RNNBase):
+        gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        ih: Any = module._parameters["weight_ih_l0"]
+        projection = module._parameters.get("weight_hr_l0")
+        sizes = {"input_size": ih.size(1), "hidden_size": ih.size(0) // gates}
+        return sizes if projection is None else {**sizes, "proj_size": projection.size(0)}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": module.weight_ih.size(1), "hidden_size": module.weight_hh.size(1)}
     return {}
+
+
+def _groups_of(module: Any, weight: Tensor, before: Mapping[str, Any]) -> int:
+    """The groups of a convolution, from shapes alone: whole ones went, unless what a group makes has shrunk."""
+    groups: int = before["groups"]
+    made = weight.size(1) if module.transposed else weight.size(0)
+    if module.transposed or groups == 1:
+        inside = before["in_channels"] // groups
+        return weight.size(0) // inside if groups > 1 and weight.size(0) % inside == 0 else groups
+    each = before["out_channels"] // groups
+    return made // each if made % each == 0 else groups
 
 
 def _follow(optimizer: Optimizer, replaced: Replaced, change: Change) -> None:
@@ -258,3 +397,8 @@ def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: A
                     registry[key] = larger[id(tensor)]
         for attribute, (before, _) in attributes.get(path, {}).items():
             module.__dict__[attribute] = before
+        for key, value in list(module.__dict__.items()):
+            if isinstance(value, list) and any(id(item) in larger for item in value):
+                module.__dict__[key] = [larger.get(id(item), item) for item in value]
+        if isinstance(module, nn.MultiheadAttention):
+            remove_narrow_attention(module)

@@ -9,27 +9,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_prune.graph.labels import Dims
-from lightning_prune.graph.rules.table import Call, family, rule
+from lightning_prune.graph.rules.table import Call, aten_family, rule
 
 aten = torch.ops.aten
 
+SAMPLES = (-2.3, -0.7, 0.4, 1.9)
+"""What an operand that is not masked may hold, where the question is what an operation makes of zeros."""
 
-@rule(
-    aten.add,
-    aten._prelu_kernel,
-    aten.elu,
-    aten.elu_,
-    aten.hardswish,
-    aten.hardtanh,
-    aten.hardtanh_,
-    aten.leaky_relu,
-    aten.leaky_relu_,
-    aten.log_sigmoid_forward,
-    aten.native_dropout,
-    aten.rrelu_with_noise,
-    aten.copy_,
-    aten.where,
-)
+
 def pointwise(call: Call) -> list[Dims]:
     """Equal indices meet; a broadcast dimension takes the labels of those that have it in full.
 
@@ -40,41 +27,95 @@ def pointwise(call: Call) -> list[Dims]:
     if not outs:  # torch.equal gives a bool
         return []
     rank = max((tensor.dim() for tensor in inputs), default=0)
+    every = [call.dims(tensor) for tensor in inputs]
     result: list[Tensor | None] = []
+    zero_at: dict[tuple[int, ...], bool] = {}
     for back in range(rank, 0, -1):
-        full = [t for t in inputs if t.dim() >= back and t.size(-back) > 1]
-        labels = [call.dims(tensor)[-back] for tensor in full]
+        full = [i for i, t in enumerate(inputs) if t.dim() >= back and t.size(-back) > 1]
+        labels = [every[i][-back] for i in full]
         if not labels or all(item is None for item in labels):
             result.append(None)
             continue
         common = labels[0]
         for other in labels[1:]:
-            common = call.book.unify(common, other, f"meets a dimension of fixed size ({call})")
+            common = call.unify(common, other)
         if common is not None:
-            known = [(t, item) for t, item in zip(full, labels, strict=True) if item is not None]
-            blank = [(t, item) for t, item in known if not call.book.is_filled(item)]
-            common = _values_at_zero(call, blank[0][1] if blank else common, [t for t, _ in blank])
+            known = [(i, item) for i, item in zip(full, labels, strict=True) if item is not None]
+            blank = [(i, item) for i, item in known if not call.book.is_filled(item)]
+            zeros = tuple(i for i, _ in blank)
+            if zeros not in zero_at:
+                zero_at[zeros] = _keeps_zero(call, inputs, zeros, common)
+            common = blank[0][1] if blank else common
+            common = common if zero_at[zeros] else call.book.fill(common)
         result.append(common)
     return [tuple(result) if out.dim() == rank else (None,) * out.dim() for out in outs]
 
 
-def _values_at_zero(call: Call, labels: Tensor, blank: list[Tensor]) -> Tensor | None:
-    """What the operation makes of zeros in some of its inputs: run it and see."""
+aten_family(
+    pointwise,
+    [
+        "_prelu_kernel",
+        "add",
+        "celu",
+        "celu_",
+        "clamp",
+        "copy_",
+        "elu",
+        "elu_",
+        "gelu",
+        "hardshrink",
+        "hardsigmoid",
+        "hardswish",
+        "hardswish_",
+        "hardtanh",
+        "hardtanh_",
+        "leaky_relu",
+        "leaky_relu_",
+        "log_sigmoid_forward",
+        "mish",
+        "native_dropout",
+        "nan_to_num",
+        "relu6",
+        "rrelu_with_noise",
+        "selu",
+        "softplus",
+        "softshrink",
+        "threshold",
+        "where",
+    ],
+)
+
+
+def _keeps_zero(call: Call, inputs: list[Tensor], zeros: tuple[int, ...], labels: Tensor) -> bool:
+    """Whether the operation makes zero of zeros in some of its inputs: run it on a few numbers and see."""
     if torch.Tag.nondeterministic_seeded in call.func.tags:  # dropouts keep zeros; a run would draw random numbers
-        return labels if blank else call.book.fill(labels)
-    zeros = {id(tensor) for tensor in blank}
-    in_place = call.func._schema.is_mutable
+        return bool(zeros)
+    if call.func.overloadpacket is aten.copy_:
+        return 1 in zeros or len(inputs) < 2
+    numbers = iter(range(len(inputs)))
 
     def stand_in(leaf: Any) -> Any:
-        if id(leaf) in zeros:
-            return torch.zeros_like(leaf)
-        return leaf.clone() if in_place and isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if next(numbers) in zeros:
+            return torch.zeros(len(SAMPLES), dtype=leaf.dtype)
+        if leaf.dtype is torch.bool:
+            return torch.tensor([False, True, False, True])
+        return torch.tensor(SAMPLES).abs().ceil().to(leaf.dtype) if not _is_real(leaf) else _samples(leaf.dtype)
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     values = pytree.tree_leaves(call.func(*args, **kwargs))[0]
-    if blank and not bool(values.isfinite().all()):  # zero times infinity: the masked model gives no number
-        call.book.mix(labels, f"{call}")
-    return call.book.fill(labels) if bool(values.any()) else labels
+    if zeros and not bool(values.isfinite().all()):  # zero times infinity: the masked model gives no number
+        call.mix(labels)
+    return not bool(values.any())
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _samples(dtype: torch.dtype) -> Tensor:
+    return torch.tensor(SAMPLES).to(dtype)
 
 
 def like(call: Call) -> Dims:
@@ -83,36 +124,91 @@ def like(call: Call) -> Dims:
     return tuple(map(call.book.fill, call.dims(source)))
 
 
-family(
+aten_family(
     like,
-    aten.bernoulli,
-    aten.bernoulli_,
-    aten.empty_like,
-    aten.fill_,
-    aten.full_like,
-    aten.normal_,
-    aten.ones_like,
-    aten.rand_like,
-    aten.randn_like,
-    aten.uniform_,
-    aten.zero_,
-    aten.zeros_like,
+    [
+        "bernoulli",
+        "bernoulli_",
+        "empty_like",
+        "exponential_",
+        "fill_",
+        "full_like",
+        "normal_",
+        "ones_like",
+        "rand_like",
+        "randint_like",
+        "randn_like",
+        "uniform_",
+    ],
 )
 
 
-@rule(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)
-def new_like(call: Call) -> Dims:
-    """A fresh tensor whose sizes were read from another: a size that equals the other's follows it."""
+@rule(aten.zeros_like, aten.zero_)
+def zeros_like(call: Call) -> Dims:
+    """Zeros of the first argument's shape, in the masked places too."""
     source: Tensor = call.args[0]
-    if source.dim() != call.out.dim():
-        return (None,) * int(call.out.dim())
-    pairs = zip(call.dims(source), source.shape, call.out.shape, strict=True)
-    return tuple(call.book.fill(labels) if size == wanted else None for labels, size, wanted in pairs)
+    return tuple(_blank(call, labels) for labels in call.dims(source))
 
 
-@rule(
-    aten.empty, aten.zeros, aten.ones, aten.full, aten.arange, aten.rand, aten.randn, aten.scalar_tensor,
-    aten._local_scalar_dense, aten.is_same_size, aten.sym_size, aten.sym_numel,
-)  # fmt: skip
-def fresh(call: Call) -> None:
-    """Creates a tensor, or reads a number: no labels, and none are touched."""
+def _blank(call: Call, labels: Tensor | None) -> Tensor | None:
+    if labels is None or not call.book.is_filled(labels):
+        return labels
+    known, places = labels.unique(return_inverse=True)
+    fresh: Tensor | None = call.book.unify(call.book.new(len(known))[places], labels, "")
+    return fresh
+
+
+def made(call: Call) -> Dims:
+    """A fresh tensor that holds the same everywhere, or noise: each index may go, if what it meets goes."""
+    return tuple(None if size < 2 else call.book.new(size) for size in call.out.shape)
+
+
+aten_family(made, ["zeros", "new_zeros", "new_empty", "empty"])
+
+
+def made_full(call: Call) -> Dims:
+    """The same of other values than zero."""
+    return tuple(map(call.book.fill, made(call)))
+
+
+aten_family(made_full, ["full", "new_full", "new_ones", "ones", "rand", "randn"])
+
+
+def number(call: Call) -> None:
+    """Creates a tensor that counts its indices, or reads a number: no labels, and none are touched."""
+
+
+aten_family(
+    number,
+    [
+        "_assert_async",
+        "_local_scalar_dense",
+        "arange",
+        "empty_strided",
+        "eye",
+        "is_same_size",
+        "linspace",
+        "randint",
+        "randperm",
+        "scalar_tensor",
+        "sym_numel",
+        "sym_size",
+        "sym_storage_offset",
+        "sym_stride",
+    ],
+)
+
+
+@rule(aten.glu)
+def glu(call: Call) -> Dims:
+    """The first half, gated by the second: their indices go together."""
+    x, dim = call.args[0], call.arg(1, "dim", -1)
+    dims = list(call.dims(x))
+    labels = dims[dim]
+    if labels is not None:
+        first, second = labels.chunk(2)
+        if x.size(dim) == 2:
+            call.freeze(labels, "gates one index by another")
+        call.book.tie(first, second)
+        dims[dim] = first if x.size(dim) > 2 else None
+    return tuple(dims)

@@ -1,21 +1,28 @@
-"""Operations that only move elements: run the very op on labels and read off where each went."""
+"""Operations that only move elements: follow each label to where its element went."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_prune.graph.labels import FIXED, Dims
-from lightning_prune.graph.rules.table import Call, family, rule
+from lightning_prune.graph.rules.table import Call, aten_family, family, rule
 
 aten = torch.ops.aten
 
+PICKS_ONE = "picks one index of a prunable dimension"
+PICKS_PART = "picks part of a prunable dimension"
 
-@rule(aten.view, aten._unsafe_view, aten._reshape_alias, aten.flip, aten.roll)
+
+@rule(aten.flip, aten.roll, aten.rot90)
 def move(call: Call) -> list[Dims]:
-    """Movement of one tensor by constant arguments. Every view that torch declares as such comes here too."""
+    """Movement of one tensor by constant arguments: run the very operation on labels and read off where each went.
+
+    Every view that torch declares as such and that has no rule of its own comes here too.
+    """
     source = call.args[0]
     outs: list[Tensor] = [call.out] if isinstance(call.out, Tensor) else list(call.out)
     landed: list[list[Tensor | None]] = [[None] * out.dim() for out in outs]
@@ -24,35 +31,38 @@ def move(call: Call) -> list[Dims]:
             continue
         shape = [1] * source.dim()
         shape[dim] = -1
-        for moved, dims in zip(_run(call, labels.view(shape).expand(source.shape)), landed, strict=True):
-            problem = _land(moved, labels, dims)
-            if problem is not None:
-                call.book.freeze(labels, f"{problem} ({call})")
+        # Labels lie like the elements would, so that no view is refused.
+        moved: Any = call.func(labels.view(shape).expand(source.shape), *call.args[1:], **call.kwargs)
+        for each, dims in zip([moved] if isinstance(moved, Tensor) else moved, landed, strict=True):
+            _land(call, each, labels, dims)
     return [tuple(dims) for dims in landed]
 
 
-def _run(call: Call, labels: Tensor) -> list[Tensor]:
-    if call.func.overloadpacket in (aten.view, aten._unsafe_view, aten._reshape_alias):
-        return [labels.reshape(call.args[1])]  # an expanded tensor has no view of every shape
-    moved: Any = call.func(labels, *call.args[1:], **call.kwargs)
-    return [moved] if isinstance(moved, Tensor) else list(moved)
-
-
-def _land(moved: Tensor, labels: Tensor, dims: list[Tensor | None]) -> str | None:
-    """Enter moved labels into the dimension along which they vary, or say why they can't be followed."""
+def _land(call: Call, moved: Tensor, labels: Tensor, dims: list[Tensor | None]) -> None:
+    """Enter moved labels into the dimensions along which they vary; freeze them where they can't be followed."""
     varying = [dim for dim in range(moved.dim()) if _varies_along(moved, dim)]
-    if len(varying) > 1:
-        return "splits a prunable dimension in two"
     if not varying:
-        return "picks one index of a prunable dimension"
-    along = varying[0]
-    arrived = moved[tuple(slice(None) if dim == along else 0 for dim in range(moved.dim()))].clone()
-    if not bool(torch.isin(labels[labels != FIXED], arrived).all()):
-        return "picks part of a prunable dimension"
-    if dims[along] is not None:
-        return "merges two prunable dimensions into one"
-    dims[along] = arrived
-    return None
+        call.freeze(labels, PICKS_ONE)
+        return
+    cells = moved[tuple(slice(None) if dim in varying else 0 for dim in range(moved.dim()))].clone()
+    if not bool(torch.isin(labels[labels != FIXED], cells).all()):
+        call.freeze(labels, PICKS_PART)
+        return
+    parts = [cells] if len(varying) == 1 else call.book.split(cells, str(call))
+    for along, arrived in zip(varying, parts, strict=True):
+        known = dims[along]
+        dims[along] = arrived if known is None else _merged(call, known, arrived)
+
+
+def _merged(call: Call, first: Tensor, second: Tensor) -> Tensor:
+    """The labels of a dimension that two become: a cell for each pair of theirs."""
+    rows, row = first.unique(return_inverse=True)
+    columns, column = second.unique(return_inverse=True)
+    # the outer part first, whichever dimension it came from
+    if int((row.diff() != 0).sum()) > int((column.diff() != 0).sum()):
+        rows, row, columns, column = columns, column, rows, row
+    cells = call.book.merge((rows, columns), str(call))
+    return cells[row, column]
 
 
 def _varies_along(moved: Tensor, dim: int) -> bool:
@@ -61,32 +71,267 @@ def _varies_along(moved: Tensor, dim: int) -> bool:
     return not torch.equal(moved, moved.narrow(dim, 0, 1).expand_as(moved))
 
 
+@rule(aten.view, aten._unsafe_view, aten._reshape_alias, aten.reshape)
+def view(call: Call) -> Dims:
+    """Dimensions are merged and split; those that do neither pass. Only runs of sizes that change are looked into."""
+    source: Tensor = call.args[0]
+    dims = call.dims(source)
+    result: list[Tensor | None] = [None] * call.out.dim()
+    if not source.numel() or not any(labels is not None for labels in dims):
+        return tuple(result)
+    for inside, outside in _blocks(source.shape, call.out.shape):
+        sizes = [source.size(dim) for dim in inside]
+        wanted = [call.out.size(dim) for dim in outside]
+        landed: list[Tensor | None] = [None] * len(outside)
+        for place, dim in enumerate(inside):
+            labels = dims[dim]
+            if labels is None:
+                continue
+            if len(inside) == len(outside) == 1:
+                landed[0] = labels
+                continue
+            shape = [1] * len(sizes)
+            shape[place] = -1
+            _land(call, labels.view(shape).expand(sizes).reshape(wanted), labels, landed)
+        for dim, arrived in zip(outside, landed, strict=True):
+            result[dim] = arrived
+    return tuple(result)
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of dimensions of two shapes that hold the same elements, as short as they can be; sizes of 1 left out."""
+    first = [(dim, size) for dim, size in enumerate(before) if size != 1]
+    second = [(dim, size) for dim, size in enumerate(after) if size != 1]
+    found = []
+    while first and second:
+        inside, outside = [first[0][0]], [second[0][0]]
+        (_, a), (_, b) = first.pop(0), second.pop(0)
+        while a != b:
+            if a < b:
+                dim, size = first.pop(0)
+                inside.append(dim)
+                a *= size
+            else:
+                dim, size = second.pop(0)
+                outside.append(dim)
+                b *= size
+        found.append((inside, outside))
+    return found
+
+
+@rule(aten.permute)
+def permute(call: Call) -> Dims:
+    """Dimensions in another order."""
+    dims = call.dims(call.args[0])
+    return tuple(dims[dim] for dim in call.args[1])
+
+
+@rule(aten.transpose, aten.transpose_, aten.t, aten.t_, aten.numpy_T, aten.mT)
+def transpose(call: Call) -> Dims:
+    """Two dimensions change places."""
+    dims = list(call.dims(call.args[0]))
+    if dims:
+        one, other = call.args[1:] or (0, len(dims) - 1)
+        dims[one], dims[other] = dims[other], dims[one]
+    return tuple(dims)
+
+
+@rule(aten.unsqueeze, aten.unsqueeze_)
+def unsqueeze(call: Call) -> Dims:
+    """A new dimension of one index."""
+    dims = list(call.dims(call.args[0]))
+    dims.insert(call.args[1] % call.out.dim(), None)
+    return tuple(dims)
+
+
+@rule(aten.squeeze, aten.squeeze_)
+def squeeze(call: Call) -> Dims:
+    """Dimensions of one index, which have no labels, go."""
+    source: Tensor = call.args[0]
+    given = call.arg(1, "dim", range(source.dim()))
+    chosen = {dim % source.dim() for dim in ([given] if isinstance(given, int) else given)} if source.dim() else set()
+    return tuple(
+        labels for dim, labels in enumerate(call.dims(source)) if not (dim in chosen and source.size(dim) == 1)
+    )
+
+
+@rule(aten.expand)
+def expand(call: Call) -> Dims:
+    """Leading dimensions and those of one index are repeated without copying: any of the copies may go."""
+    source: Tensor = call.args[0]
+    more = call.out.dim() - source.dim()
+    dims = call.dims(source)
+    sizes = [1] * more + list(source.shape)
+    own = [None] * more + list(dims)
+    return tuple(
+        _copies(call, size) if size > 1 and had == 1 else labels
+        for labels, had, size in zip(own, sizes, call.out.shape, strict=True)
+    )
+
+
+@rule(aten.repeat)
+def repeat(call: Call) -> Dims:
+    """Copies behind each other: any may go where there was one index, else the indices come again."""
+    source: Tensor = call.args[0]
+    more = call.out.dim() - source.dim()
+    dims = [None] * more + list(call.dims(source))
+    sizes = [1] * more + list(source.shape)
+    return tuple(
+        _copies(call, times) if had == 1 and times > 1 else None if labels is None else labels.repeat(times)
+        for labels, had, times in zip(dims, sizes, call.args[1], strict=True)
+    )
+
+
+def _copies(call: Call, size: int) -> Tensor | None:
+    return call.book.fill(call.book.new(size))
+
+
+@rule(aten.select)
+def select(call: Call) -> Dims:
+    """One index of a dimension: that one stays, and so do all where its number can't be rewritten."""
+    dims = list(call.dims(call.args[0]))
+    dim, index = call.args[1], call.args[2]
+    labels = dims.pop(dim % len(dims))
+    if labels is not None:
+        call.freeze(labels[index][None] if call.patchable else labels, PICKS_ONE)
+    return tuple(dims)
+
+
+@rule(aten.slice)
+def cut(call: Call) -> Dims:
+    """A range of a dimension. Where Python wrote the bounds they can be rewritten; else a part can't be picked."""
+    source: Tensor = call.args[0]
+    dims = list(call.dims(source))
+    dim = call.arg(1, "dim", 0) % source.dim()
+    labels = dims[dim]
+    if labels is None:
+        return tuple(dims)
+    start, stop, step = (call.arg(at, name, default) for at, name, default in _BOUNDS)
+    picked = labels[start:stop:step]
+    if len(picked) < len(labels):
+        if step > 1:
+            _keep_parity(call, labels, start or 0, stop, step)
+        elif not call.patchable:
+            call.freeze(labels, PICKS_PART)
+    dims[dim] = _alone(call, picked)
+    return tuple(dims)
+
+
+_BOUNDS = ((2, "start", None), (3, "end", None), (4, "step", 1))
+
+
+def _keep_parity(call: Call, labels: Tensor, start: int, stop: int | None, step: int) -> None:
+    """Every second index stays every second one only if pairs go together."""
+    if start >= step or (stop is not None and stop < len(labels)):
+        call.freeze(labels, PICKS_PART)
+        return
+    whole = len(labels) // step * step
+    call.book.tie(*labels[:whole].view(-1, step).unbind(1))
+    for last in labels[whole:]:
+        call.freeze(last[None], PICKS_PART)
+
+
+def _alone(call: Call, labels: Tensor) -> Tensor | None:
+    """A dimension of one index broadcasts, so it can't be followed on."""
+    if len(labels) > 1:
+        return labels
+    call.freeze(labels, PICKS_ONE)
+    return None
+
+
+@rule(
+    aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.chunk, aten.unsafe_chunk,
+    aten.tensor_split, aten.split_copy, aten.split_with_sizes_copy,
+)  # fmt: skip
+def split(call: Call) -> list[Dims]:
+    """Ranges of a dimension, one after the other.
+
+    Where Python wrote the sizes they can be rewritten; else the pieces are equal, and stay so.
+    """
+    source: Tensor = call.args[0]
+    dims = call.dims(source)
+    dim = call.arg(2, "dim", 0) % source.dim()
+    labels = dims[dim]
+    sizes = [out.size(dim) for out in call.out]
+    if labels is None:
+        return [dims] * len(sizes)
+    pieces = list(labels.split(sizes))
+    if not call.patchable and len(pieces) > 1:
+        if len(set(sizes)) > 1 or call.func.overloadpacket in (aten.split_with_sizes, aten.unsafe_split_with_sizes):
+            call.freeze(labels, PICKS_PART)
+        else:
+            call.book.tie(*pieces)
+    return [(*dims[:dim], _alone(call, piece), *dims[dim + 1 :]) for piece in pieces]
+
+
+@rule(aten.unbind)
+def unbind(call: Call) -> list[Dims]:
+    """Each index of a dimension by itself: as many as there are."""
+    dims = list(call.dims(call.args[0]))
+    call.freeze(dims.pop(call.arg(1, "dim", 0)), PICKS_ONE)
+    return [tuple(dims)] * len(call.out)
+
+
 @rule(aten.constant_pad_nd)
 def pad(call: Call) -> Dims:
-    """Padding with a constant: new indices that stay, along a labelled dimension; others only get longer."""
+    """Padding with a constant: along labelled dimensions there are new indices, as many as the widths say."""
     source: Tensor = call.args[0]
     widths: list[int] = call.args[1]  # before and after, last dimension first
     blank = call.arg(2, "value", 0) == 0
     result: list[Tensor | None] = []
     for dim, labels in enumerate(call.dims(source)):
         place = 2 * (source.dim() - 1 - dim)
-        before, after = widths[place : place + 2] or (0, 0)
+        around = widths[place : place + 2] or [0, 0]
         if not blank and (any(widths[:place]) or any(widths[place + 2 :])):
             labels = call.book.fill(labels)
-        if labels is None or before == after == 0:
+        if labels is None or not any(around):
             result.append(labels)
-        elif min(before, after) < 0:
-            call.book.freeze(labels, f"picks part of a prunable dimension ({call})")
+        elif min(around) < 0:
+            call.freeze(labels, PICKS_PART)
             result.append(None)
         else:
-            result.append(torch.nn.functional.pad(labels, (before, after), value=FIXED))
+            result.append(torch.cat([_padding(call, place, blank), labels, _padding(call, place + 1, blank)]))
     return tuple(result)
 
 
-@rule(aten.as_strided, aten.view.dtype, aten.view_as_real, aten.view_as_complex)
-def reinterpret(call: Call) -> None:
-    """Memory read under another shape or type: no index can be followed."""
+def _padding(call: Call, place: int, blank: bool) -> Tensor:
+    width = call.args[1][place]
+    if not call.patchable or not width:
+        return torch.full((width,), FIXED)
+    labels = call.book.new(width)
+    call.sizes[place] = labels
+    filled = labels if blank else call.book.fill(labels)
+    assert filled is not None
+    return filled
+
+
+@rule(
+    aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
+    aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d,
+)  # fmt: skip
+def pad_with_own(call: Call) -> Dims:
+    """Padding with elements from inside: those dimensions stay."""
+    dims = call.dims(call.args[0])
+    padded = len(call.args[1]) // 2
+    for labels in dims[-padded:]:
+        call.freeze(labels, "pads it with its own indices")
+    return (*dims[:-padded], *(None,) * padded)
+
+
+@rule(aten.as_strided, aten.as_strided_, aten.view.dtype, aten.view_as_real, aten.view_as_complex)
+def reinterpret(call: Call) -> Dims | None:
+    """Memory read under another shape or type: no index can be followed, but where the shape stays they all can."""
+    source: Tensor = call.args[0]
+    if call.func.overloadpacket in (aten.as_strided, aten.as_strided_) and call.out.shape == source.shape:
+        return call.dims(source)
+    if call.func.overloadpacket in (aten.view_as_real, aten.view_as_complex):
+        dims = call.dims(source)
+        if call.func.overloadpacket is aten.view_as_real:
+            return (*dims, None)
+        call.freeze(dims[-1], "reads pairs as complex numbers")
+        return dims[:-1]
     call.freeze_all(f"reads memory under another shape or type ({call})")
+    return None
 
 
 @rule(aten.cat)
@@ -104,14 +349,94 @@ def cat(call: Call) -> Dims:
                 parts = zip(tensors, every, strict=True)
                 result.append(torch.cat([_or_fixed(dims[dim], t.size(dim)) for t, dims in parts]))
             continue
-        for dims in every[1:]:
-            common = call.book.unify(common, dims[dim], f"meets a dimension of fixed size ({call})")
-        result.append(common)
+        result.append(_common(call, [dims[dim] for dims in every], common))
     return tuple(result)
+
+
+@rule(aten.stack)
+def stack(call: Call) -> Dims:
+    """Tensors side by side along a new dimension."""
+    every = [call.dims(tensor) for tensor in call.args[0]]
+    result = [_common(call, [dims[dim] for dims in every], common) for dim, common in enumerate(every[0])]
+    result.insert(call.arg(1, "dim", 0) % call.out.dim(), None)
+    return tuple(result)
+
+
+def _common(call: Call, every: Sequence[Tensor | None], common: Tensor | None) -> Tensor | None:
+    for labels in every[1:]:
+        common = call.unify(common, labels)
+    if common is not None:
+        filled = [labels for labels in every if labels is not None and call.book.is_filled(labels)]
+        return filled[0] if filled else common
+    return None
 
 
 def _or_fixed(labels: Tensor | None, size: int) -> Tensor:
     return torch.full((size,), FIXED) if labels is None else labels
+
+
+@rule(aten.pixel_shuffle)
+def pixel_shuffle(call: Call) -> Dims:
+    """Channels become pixels, r x r of each: they go together."""
+    return _channels_to_space(call, call.args[1] ** 2, 2)
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(call: Call) -> Dims:
+    """Pixels become channels, r x r of each."""
+    return _space_to_channels(call, call.args[1] ** 2, call.out.dim() - 3)
+
+
+@rule(aten.im2col)
+def im2col(call: Call) -> Dims:
+    """Windows as columns: every channel once per place in the window."""
+    height, width = call.args[1]
+    return _space_to_channels(call, height * width, call.out.dim() - 2)
+
+
+@rule(aten.col2im)
+def col2im(call: Call) -> Dims:
+    """The way back: places in the window are summed up."""
+    height, width = call.args[2]
+    return _channels_to_space(call, height * width, 1)
+
+
+def _channels_to_space(call: Call, times: int, spatial: int) -> Dims:
+    dims = call.dims(call.args[0])
+    *before, channels = dims[:-spatial]
+    for labels in dims[-spatial:]:
+        call.freeze(labels, "moves channels into it")
+    if channels is not None and len(channels) > times:
+        outer, inner = call.book.split(channels.view(-1, times), str(call))
+        call.book.freeze(inner, "")
+        channels = outer
+    elif channels is not None:
+        call.freeze(channels, "moves channels into space")
+        channels = None
+    return (*before, channels, *(None,) * (call.out.dim() - len(before) - 1))
+
+
+def _space_to_channels(call: Call, times: int, channel: int) -> Dims:
+    dims = call.dims(call.args[0])
+    for labels in dims[channel + 1 :]:
+        call.freeze(labels, "moves it into channels")
+    channels = dims[channel]
+    repeated = None if channels is None else channels.repeat_interleave(times)
+    return (*dims[:channel], repeated, *(None,) * (call.out.dim() - channel - 1))
+
+
+@rule(aten.channel_shuffle, aten.native_channel_shuffle)
+def channel_shuffle(call: Call) -> Dims:
+    """Channels as groups x members become members x groups."""
+    dims = list(call.dims(call.args[0]))
+    labels, groups = dims[1], call.args[1]
+    if labels is not None:
+        if 1 < groups < len(labels):
+            outer, inner = call.book.split(labels.view(groups, -1), str(call))
+            call.sizes[0] = outer
+            labels = call.book.merge((inner, outer), str(call)).flatten()
+        dims[1] = labels
+    return tuple(dims)
 
 
 def keep(call: Call) -> Dims:
@@ -119,4 +444,151 @@ def keep(call: Call) -> Dims:
     return call.dims(call.args[0])
 
 
-family(keep, aten.detach, aten.alias, aten.clone, aten._to_copy, aten.contiguous, aten.lift_fresh, aten.to)
+aten_family(
+    keep, ["detach", "detach_", "alias", "clone", "_to_copy", "contiguous", "lift", "lift_fresh", "to", "_conj",
+           "resolve_conj", "resolve_neg", "tril", "triu", "tril_", "triu_", "requires_grad_", "set_"],
+)  # fmt: skip
+
+
+@rule(aten.diagonal, aten.unfold)
+def windows(call: Call) -> Dims:
+    """Views that show an index several times or pair dimensions: those stay, the others pass."""
+    dims = list(call.dims(call.args[0]))
+    rank = len(dims)
+    if call.func.overloadpacket is aten.unfold:
+        along = {call.args[1] % rank}
+    else:
+        along = {call.arg(2, "dim1", 0) % rank, call.arg(3, "dim2", 1) % rank}
+    for dim in along:
+        call.freeze(dims[dim], "reads it in windows or along a diagonal")
+    if call.func.overloadpacket is aten.unfold:
+        (dim,) = along
+        return (*(None if at == dim else labels for at, labels in enumerate(dims)), None)
+    return (*(labels for at, labels in enumerate(dims) if at not in along), None)
+
+
+# -- indices that are tensors -----------------------------------------------------------------------------------------
+
+
+@rule(aten.index, aten._unsafe_index)
+def index(call: Call) -> Dims:
+    """Picks by tensors of indices; the dimensions that it does not pick from pass."""
+    source: Tensor = call.args[0]
+    dims = call.dims(source)
+    given: list[Tensor | None] = list(call.args[1]) + [None] * (source.dim() - len(call.args[1]))
+    if any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in given):
+        return _mask(call, dims, given)
+    places = [dim for dim, each in enumerate(given) if each is not None]
+    shape = torch.broadcast_shapes(*(each.shape for each in given if each is not None))
+    together = places == list(range(places[0], places[-1] + 1))
+    rest = [labels for dim, labels in enumerate(dims) if dim not in places]
+    front = places[0] if together else 0
+    picked: list[Tensor | None] = [None] * len(shape)
+    for dim in places:
+        labels, each = dims[dim], given[dim]
+        if each is not None:
+            _follow_index(call, labels, each, picked, alone=len(places) == 1)
+    return (*rest[:front], *picked, *rest[front:])
+
+
+def _follow_index(
+    call: Call, labels: Tensor | None, each: Tensor, picked: list[Tensor | None], *, alone: bool
+) -> None:
+    """Picking along one dimension: only a buffer of numbers can be made to count anew."""
+    own = call.dims(each)
+    if labels is None or not alone or each.dim() != 1 or each.numel() < 2 or own[0] is None or not call.static(each):
+        call.freeze(labels, "picks indices of")
+        for other in own:
+            call.freeze(other, "picks with it")
+        return
+    picked[0] = call.book.unify(labels[each.cpu()], own[0], "")
+    call.constants.append((each, labels))
+
+
+def _mask(call: Call, dims: Dims, given: Sequence[Tensor | None]) -> Dims:
+    if sum(each is not None for each in given) > 1:
+        call.freeze_all(f"picks by several masks ({call})")
+        return (None,) * int(call.out.dim())
+    at = next(dim for dim, each in enumerate(given) if each is not None)
+    mask = given[at]
+    assert mask is not None
+    for labels in (*dims[at : at + mask.dim()], *call.dims(mask)):
+        call.freeze(labels, "picks by a mask from")
+    return (*dims[:at], None, *dims[at + mask.dim() :])
+
+
+@rule(aten.index_select)
+def index_select(call: Call) -> Dims:
+    """Picks along one dimension."""
+    dims = list(call.dims(call.args[0]))
+    dim = call.args[1] % len(dims)
+    picked: list[Tensor | None] = [None]
+    _follow_index(call, dims[dim], call.args[2], picked, alone=True)
+    dims[dim] = picked[0]
+    return tuple(dims)
+
+
+@rule(aten.gather)
+def gather(call: Call) -> Dims:
+    """Picks along one dimension, differently at each place of the others."""
+    source, dim, places = call.args[0], call.args[1], call.args[2]
+    if not source.dim():
+        return ()
+    dims, own = list(call.dims(source)), call.dims(places)
+    for at, labels in enumerate(dims):
+        if at == dim % len(dims):
+            call.freeze(labels, "picks indices of")
+            call.freeze(own[at], "picks with it")
+            dims[at] = None
+        elif places.size(at) == source.size(at):
+            dims[at] = call.unify(labels, own[at])
+        else:
+            call.freeze(labels, PICKS_PART)
+            call.freeze(own[at], PICKS_PART)
+            dims[at] = None
+    return tuple(dims)
+
+
+def along_one(call: Call) -> list[Dims]:
+    """Orders, picks or finds along one dimension, which stays; the others pass."""
+    source: Tensor = call.args[0]
+    names = [argument.name for argument in call.func._schema.arguments]
+    given = call.arg(names.index("dim"), "dim", -1) if "dim" in names else None
+    dims = call.dims(source)
+    if given is None or not source.dim():
+        call.freeze_all(f"orders all indices ({call})")
+        return [(None,) * int(out.dim()) for out in (call.out if isinstance(call.out, tuple) else [call.out])]
+    call.freeze(dims[given], "orders or searches")
+    after = tuple(None if dim == given % source.dim() else labels for dim, labels in enumerate(dims))
+    outs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
+    dropped = tuple(labels for dim, labels in enumerate(after) if dim != given % source.dim())
+    same = [after if out.dim() == source.dim() else dropped for out in outs]
+    return [tuple(map(call.book.fill, dims)) for dims in same]
+
+
+aten_family(along_one, ["sort", "topk", "argsort", "argmax", "argmin", "kthvalue", "cummax", "cummin"])
+
+
+@rule(aten._pack_padded_sequence)
+def pack(call: Call) -> list[Dims]:
+    """Steps of several sequences in one row; what a step holds passes."""
+    dims = call.dims(call.args[0])
+    for labels in dims[:2]:
+        call.freeze(labels, "packs sequences")
+    return [(None, *dims[2:])]
+
+
+@rule(aten._pad_packed_sequence)
+def unpack(call: Call) -> list[Dims]:
+    """The way back."""
+    dims = call.dims(call.args[0])
+    call.freeze(dims[0], "packs sequences")
+    return [(None, None, *(dims[1:] if not call.args[3] else map(call.book.fill, dims[1:])))]
+
+
+def masks(call: Call) -> None:
+    """Reads values to say where something holds: whatever comes of it has no labels, what went in stays."""
+    call.freeze_all(f"makes a shape of values ({call})")
+
+
+family(masks, aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.bincount)

@@ -1,0 +1,376 @@
+"""Sizes written in calls: which integers of a torch function count indices, of what, and how to write others there.
+
+`x.view(-1, 16 * 5 * 5)`, `x[:, :32]`, `x.split([64, 32], 1)`, `F.pad(x, (0, 0, 0, 8))` and `torch.zeros(n, 64)` all
+hold numbers that a removal changes. One entry of the table per kind of function says how to read and write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prune.graph.labels import Dims
+
+__all__ = ["COUNTED_AS", "SIZED_FUNCTIONS", "SizedFunction", "kind_of"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Sizes = list[Any]
+"""The integers of a call in order; None where a place holds none that counts."""
+
+
+@dataclass(frozen=True)
+class SizedFunction:
+    """How to read and write the sizes in calls of one kind of function.
+
+    Attributes:
+        functions: What Python calls.
+        read: The sizes that a call asks for.
+        write: The function and arguments that ask for others, by place.
+        extents: What each size counts: labels of the result or of part of the input, by place. None if the rule of
+            the operation says so itself.
+        picks: Whether the result may hold part of the input's indices, between bounds that are among the sizes.
+    """
+
+    functions: tuple[Callable[..., Any], ...]
+    read: Callable[[tuple[Any, ...], dict[str, Any]], Sizes]
+    write: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Mapping[int, int]], Any]
+    extents: Callable[[Callable[[Tensor], Dims], tuple[Any, ...], dict[str, Any], Any], dict[int, Tensor]] | None = None
+    picks: bool = False
+
+
+def _is_size(item: Any) -> bool:
+    return isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool)
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, *names: str, default: Any = None) -> Any:
+    if len(args) > place:
+        return args[place]
+    return next((kwargs[name] for name in names if name in kwargs), default)
+
+
+def _with_argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, value: Any) -> Arguments:
+    if len(args) > place:
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    tensor: Tensor = _argument(args, kwargs, 0, "input", "self")
+    return tensor
+
+
+# -- functions whose integers are the shape of the result --------------------------------------------------------------
+
+
+def _shape_at(place: int) -> SizedFunction:
+    """``(x, 2, -1)``, ``(x, (2, -1))`` and ``(x, shape=(2, -1))`` alike; the sizes start at an argument."""
+
+    def find(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+        if len(args) > place and isinstance(args[place], (list, tuple)):
+            return list(args[place])
+        if len(args) > place:
+            return [size for size in args[place:] if _is_size(size)]
+        given = next((kwargs[name] for name in ("shape", "size", "sizes", "repeats", "dims") if name in kwargs), ())
+        return [given] if _is_size(given) else list(given)
+
+    def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+        shape = tuple(sizes.get(at, size) for at, size in enumerate(find(args, kwargs)))
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("shape", "size", "sizes", "repeats", "dims")}
+        nested = len(args) > place and isinstance(args[place], (list, tuple))
+        if place and not args:  # the tensor is given by name
+            return func, (_input(args, kwargs), shape), {}
+        return func, (*args[:place], shape, *(args[place + 1 :] if nested else ())), kwargs
+
+    def extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+        sizes, labels = find(args, kwargs), dims(result)
+        if len(sizes) != len(labels):
+            return {}
+        return {at: each for at, each in enumerate(labels) if each is not None and sizes[at] != -1}
+
+    return SizedFunction((), find, write, extents)
+
+
+def _kind(kind: SizedFunction, *functions: Callable[..., Any]) -> SizedFunction:
+    return SizedFunction(functions, kind.read, kind.write, kind.extents, kind.picks)
+
+
+def _unflatten_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+    return list(_argument(args, kwargs, 2, "sizes"))
+
+
+def _unflatten_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+    shape = tuple(sizes.get(at, size) for at, size in enumerate(_unflatten_sizes(args, kwargs)))
+    return func, *_with_argument(args, kwargs, 2, "sizes", shape)
+
+
+def _unflatten_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+    first = _argument(args, kwargs, 1, "dim") % _input(args, kwargs).dim()
+    labels = dims(result)[first:]
+    sizes = _unflatten_sizes(args, kwargs)
+    return {at: labels[at] for at, size in enumerate(sizes) if size != -1 and labels[at] is not None}
+
+
+# -- functions that cut a dimension into pieces ------------------------------------------------------------------------
+
+
+def _piece_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any], chunks: bool) -> Sizes:
+    given = _argument(args, kwargs, 1, "chunks", "split_size", "split_size_or_sections", "split_sizes", "indices")
+    given = _argument(args, kwargs, 1, "sections", default=given) if given is None else given
+    if isinstance(given, (list, tuple)):
+        return list(given)
+    if not _is_size(given):
+        return []
+    size = _input(args, kwargs).size(_argument(args, kwargs, 2, "dim", default=0))
+    each = max(-(-size // given), 1) if chunks else given
+    whole = size // each if each else 0
+    return [each] * whole + ([size - whole * each] if whole * each < size else [])
+
+
+def _points(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+    """Sizes of the pieces between given points, or of a given number of nearly equal pieces."""
+    given = _argument(args, kwargs, 1, "indices_or_sections", "indices", "sections")
+    size = _input(args, kwargs).size(_argument(args, kwargs, 2, "dim", default=0))
+    if _is_size(given):
+        return [size // given + (at < size % given) for at in range(given)]
+    if isinstance(given, Tensor):
+        return []
+    ends = [min(max(point + size if point < 0 else point, 0), size) for point in (*given, size)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _pieces(kind: str, *functions: Callable[..., Any]) -> SizedFunction:
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
+        return _points(args, kwargs) if kind == "points" else _piece_sizes(args, kwargs, kind == "chunks")
+
+    def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+        pieces = [sizes.get(at, size) for at, size in enumerate(read(args, kwargs))]
+        pieces += [sizes[at] for at in range(len(pieces), max(sizes) + 1)]
+        dim = _argument(args, kwargs, 2, "dim", default=0)
+        return torch.split, (_input(args, kwargs), pieces, dim), {}
+
+    def extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+        dim = _argument(args, kwargs, 2, "dim", default=0)
+        found = enumerate(dims(piece)[dim] if piece.dim() else None for piece in result)
+        return {at: labels for at, labels in found if labels is not None}
+
+    return SizedFunction(functions, read, write, extents, picks=True)
+
+
+# -- functions with bounds ---------------------------------------------------------------------------------------------
+
+
+def _elements(args: tuple[Any, ...]) -> Iterator[tuple[int, Any, int]]:
+    """The slices and numbers of an index: place, the part, the dimension it is of."""
+    given = args[1] if isinstance(args[1], tuple) else (args[1],)
+    dim = 0
+    for place, part in enumerate(given):
+        if part is Ellipsis:
+            dim = args[0].dim() - sum(map(_consumes, given[place + 1 :]))
+            continue
+        if isinstance(part, slice) or _is_size(part):
+            yield place, part, dim
+        dim += _consumes(part)
+
+
+def _consumes(part: Any) -> int:
+    """How many dimensions a part of an index is about."""
+    if part is None or isinstance(part, bool):
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) else 1
+
+
+def _bound(bound: Any, size: int) -> Any:
+    """A bound as a number of indices before it; None where it is the end or no plain integer."""
+    if not _is_size(bound):
+        return None
+    if bound < 0:
+        return max(bound + size, 0)
+    return bound if bound < size else None
+
+
+def _item_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+    sizes: Sizes = []
+    if not isinstance(args[0], Tensor):
+        return sizes
+    for _, part, dim in _elements(args):
+        size = args[0].size(dim)
+        if isinstance(part, slice):
+            plain = part.step in (None, 1)
+            sizes += [_bound(part.start, size) if plain else None, _bound(part.stop, size) if plain else None]
+        else:
+            sizes += [_bound(part, size), None]
+    return sizes
+
+
+def _item_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+    parts = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+    for number, (place, part, _) in enumerate(_elements(args)):
+        if isinstance(part, slice):
+            start, stop = sizes.get(2 * number, part.start), sizes.get(2 * number + 1, part.stop)
+            parts[place] = slice(start, stop, part.step)
+        else:
+            parts[place] = sizes.get(2 * number, part)
+    return func, (args[0], tuple(parts), *args[2:]), kwargs
+
+
+def _item_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+    found = {}
+    sizes = _item_sizes(args, kwargs)
+    for number, (_, _, dim) in enumerate(_elements(args)):
+        labels = dims(args[0])[dim]
+        for place in (2 * number, 2 * number + 1):
+            if labels is not None and sizes[place]:
+                found[place] = labels[: sizes[place]]
+    return found
+
+
+def _range_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+    start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
+    size = _input(args, kwargs).size(_argument(args, kwargs, 1, "dim"))
+    return [start + size if _is_size(start) and start < 0 else start, length]
+
+
+def _range_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+    start, length = (sizes.get(at, size) for at, size in enumerate(_range_sizes(args, kwargs)))
+    return func, (_input(args, kwargs), _argument(args, kwargs, 1, "dim"), start, length), {}
+
+
+def _range_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+    dim = _argument(args, kwargs, 1, "dim")
+    labels = dims(_input(args, kwargs))[dim]
+    start, length = _range_sizes(args, kwargs)
+    if labels is None or not (_is_size(start) and _is_size(length)):
+        return {}
+    found = {0: labels[:start], 1: labels[start : start + length]}
+    return {at: each for at, each in found.items() if len(each)}
+
+
+def _select_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+    return [_bound(_argument(args, kwargs, 2, "index"), _input(args, kwargs).size(_argument(args, kwargs, 1, "dim")))]
+
+
+def _select_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+    index = sizes.get(0, _argument(args, kwargs, 2, "index"))
+    return func, (_input(args, kwargs), _argument(args, kwargs, 1, "dim"), index), {}
+
+
+def _select_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+    labels = dims(_input(args, kwargs))[_argument(args, kwargs, 1, "dim")]
+    (index,) = _select_sizes(args, kwargs)
+    return {0: labels[:index]} if labels is not None and index else {}
+
+
+# -- functions that repeat ---------------------------------------------------------------------------------------------
+
+
+def _repeats_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+    """Where there was one index, the number of times is the size."""
+    sizes = _repeats.read(args, kwargs)
+    first = result.dim() - len(sizes)
+    had = [1] * (result.dim() - args[0].dim()) + list(args[0].shape)
+    labels = dims(result)
+    places = range(len(sizes))
+    return {at: each for at in places if had[first + at] == 1 and (each := labels[first + at]) is not None}
+
+
+_repeats = _shape_at(1)
+
+
+# -- functions with sizes in an argument of their own; the rule of the operation says what these count -----------------
+
+
+def _shift_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
+    """A shift along a dimension is the number of indices that come round from its end."""
+    source, along = _input(args, kwargs), _argument(args, kwargs, 2, "dims")
+    if along is None:
+        return {}
+    found = {}
+    for at, (shift, dim) in enumerate(zip(_shifts.read(args, kwargs), _listed(along), strict=False)):
+        labels = dims(source)[dim]
+        if labels is not None and shift % len(labels):
+            found[at] = labels[-(shift % len(labels)) :]
+    return found
+
+
+def _shift_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
+    shifts, along = _shifts.read(args, kwargs), _argument(args, kwargs, 2, "dims")
+    if along is None:
+        return []
+    sizes = [_input(args, kwargs).size(dim) for dim in _listed(along)]
+    return [shift + size if shift < 0 else shift for shift, size in zip(shifts, sizes, strict=False)]
+
+
+def _listed(value: Any) -> Sizes:
+    return [value] if _is_size(value) else list(value)
+
+
+def _numbers(place: int, name: str, *functions: Callable[..., Any], picks: bool = False) -> SizedFunction:
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
+        given = _argument(args, kwargs, place, name)
+        return [given] if _is_size(given) else list(given) if isinstance(given, (list, tuple)) else []
+
+    def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+        given = _argument(args, kwargs, place, name, default=1)
+        numbers = tuple(sizes.get(at, size) for at, size in enumerate([given] if _is_size(given) else given))
+        return func, *_with_argument(args, kwargs, place, name, numbers[0] if _is_size(given) else numbers)
+
+    return SizedFunction(functions, read, write, None, picks)
+
+
+_shifts = _numbers(1, "shifts")
+_item = SizedFunction((), _item_sizes, _item_write, _item_extents, picks=True)
+
+SIZED_FUNCTIONS: dict[str, SizedFunction] = {
+    "view": _kind(_shape_at(1), Tensor.view),
+    "reshape": _kind(_shape_at(1), Tensor.reshape, torch.reshape),
+    "expand": _kind(_shape_at(1), Tensor.expand, torch.broadcast_to, Tensor.broadcast_to),
+    "repeat": SizedFunction(
+        (Tensor.repeat, torch.tile, Tensor.tile), _repeats.read, _repeats.write, _repeats_extents
+    ),
+    "unflatten": SizedFunction(
+        (Tensor.unflatten, torch.unflatten), _unflatten_sizes, _unflatten_write, _unflatten_extents
+    ),
+    "zeros": _kind(
+        _shape_at(0), torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full, torch.normal
+    ),
+    "new_zeros": _kind(_shape_at(1), Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full),
+    "split": _pieces(
+        "sizes", torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes, torch.unsafe_split
+    ),
+    "chunk": _pieces("chunks", torch.chunk, Tensor.chunk, torch.unsafe_chunk),  # counted with "split", which it becomes
+    "tensor_split": _pieces("points", torch.tensor_split, Tensor.tensor_split),
+    "getitem": _kind(_item, Tensor.__getitem__, Tensor.__setitem__),
+    "narrow": SizedFunction((torch.narrow, Tensor.narrow), _range_sizes, _range_write, _range_extents, picks=True),
+    "select": SizedFunction((torch.select, Tensor.select), _select_sizes, _select_write, _select_extents, picks=True),
+    "roll": SizedFunction((torch.roll, Tensor.roll), _shift_sizes, _shifts.write, _shift_extents),
+    "pad": _numbers(1, "pad", F.pad, picks=True),
+    "layer_norm": _numbers(1, "normalized_shape", F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
+    "group_norm": _numbers(1, "num_groups", F.group_norm, torch.group_norm),
+    "conv": _numbers(6, "groups", F.conv1d, F.conv2d, F.conv3d),
+    "conv_transpose": _numbers(6, "groups", F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    "channel_shuffle": _numbers(1, "groups", F.channel_shuffle, F.native_channel_shuffle),
+    # Its own sizes follow from those of the module that calls it (pruning/attention.py).
+    "attention": SizedFunction(
+        (F.multi_head_attention_forward,), lambda args, kwargs: [], lambda func, args, kwargs, _: (func, args, kwargs),
+        picks=True,
+    ),
+}
+"""The one table, by the name that a `CallSite` carries."""
+
+COUNTED_AS = {name: "split" if name in ("chunk", "tensor_split") else name for name in SIZED_FUNCTIONS}
+"""What calls are counted as: a call that is rewritten becomes one of another name, which must not change the count."""
+
+_NAME_OF = {function: name for name, kind in SIZED_FUNCTIONS.items() for function in kind.functions}
+
+
+def kind_of(function: Callable[..., Any]) -> str | None:
+    """Name of the entry that a torch function belongs to."""
+    try:
+        return _NAME_OF.get(function)
+    except TypeError:  # unhashable: none of ours
+        return None
