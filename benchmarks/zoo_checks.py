@@ -133,9 +133,9 @@ def cost(case: Case) -> dict[str, Any]:
     return {"macs": count_cost(case.model, case.inputs()).macs}
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(case: Case) -> nn.Module:
     """A copy in double precision: every parameter and norm statistic random, of a scale that keeps values sane."""
-    model = deepcopy(model).double()
+    model = case.entry.double(deepcopy(case.model))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         for module in model.modules():
@@ -154,7 +154,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def random(case: Case) -> dict[str, Any]:
     """The randomised model in double precision is finite, and depends on its inputs: comparing it means something."""
-    case.model, case.double = randomised(case.model), True
+    case.model, case.double = randomised(case), True
     one, other = (observe(case.model, case.inputs(seed), case.entry) for seed in (0, 1))
     effect = difference(one, other, case.entry.dynamic)
     require(effect > EFFECT, f"other inputs change outputs by {effect:.1e} only")
@@ -237,13 +237,13 @@ def exact(case: Case) -> dict[str, Any]:
     """Removing exactly equals masking: a twin whose removed slices are zero gives the same."""
     case.double = True
     inputs = case.inputs()
-    model = randomised(case.model).eval()
+    model = randomised(case).eval()
     plan = prune_neurons(model, inputs, AMOUNT, of="neurons", exact_only=True)
     require(plan.kept, "nothing was removed")
     pruned = observe(model, inputs, case.entry)
     numbers = {"exact_params": parameters(model)}
     del model
-    twin = randomised(case.model)
+    twin = randomised(case)
     whole = observe(twin, inputs, case.entry)
     mask(twin, plan.kept)
     masked = observe(twin, inputs, case.entry)

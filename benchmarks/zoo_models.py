@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from zoo_transformers import MODELS as TRANSFORMERS
-from zoo_transformers import build_transformer
+from zoo_transformers import build_transformer, double_transformer
 
 __all__ = ["ZOOS", "Entry"]
 
@@ -25,6 +25,7 @@ class Entry:
         train_inputs: The same in training mode (None: ``inputs``).
         dynamic: Sizes of outputs and cost depend on values, as in detection.
         parts: Modules whose outputs are compared too, because the final ones are chosen from them.
+        double: Converts the model to double precision, in place.
     """
 
     build: Callable[[], nn.Module]
@@ -32,6 +33,7 @@ class Entry:
     train_inputs: Callable[[int], Any] | None = None
     dynamic: bool = False
     parts: tuple[str, ...] = ()
+    double: Callable[[nn.Module], nn.Module] = nn.Module.double
 
 
 def one_tensor(size: tuple[int, ...], batch: int) -> Tensor:
@@ -161,7 +163,10 @@ def timm_zoo() -> dict[str, Entry]:
 
 def transformers_zoo() -> dict[str, Entry]:
     """Models of Hugging Face transformers, built from small configurations."""
-    return {name: Entry(partial(build_transformer, model), model.inputs) for name, model in TRANSFORMERS.items()}
+    return {
+        name: Entry(partial(build_transformer, model), model.inputs, double=double_transformer)
+        for name, model in TRANSFORMERS.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- scaling

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Transformer", "build_transformer"]
+__all__ = ["MODELS", "Transformer", "build_transformer", "double_transformer"]
 
 VOCABULARY = 500
 Inputs = Callable[[int], dict[str, Any]]
@@ -141,6 +141,11 @@ def build_transformer(model: Transformer) -> nn.Module:
     config = transformers.AutoConfig.for_model(model.type, **model.config)
     auto = getattr(transformers, f"AutoModelFor{model.task}" if model.task else "AutoModel")
     return auto.from_config(config)  # type: ignore[no-any-return]
+
+
+def double_transformer(model: nn.Module) -> nn.Module:
+    model.set_experts_implementation("batched_mm")  # the default has no kernel for double precision
+    return model.double()
 
 
 def _family(

@@ -31,15 +31,24 @@ class Slice:
     Attributes:
         name: Name of the parameter or buffer in the model.
         dim: The dimension.
-        index: Shape (neurons, k): row i holds the k indices along ``dim`` that go with neuron i.
         role: ``"makes"`` the neuron (a layer's output), ``"reads"`` it (a later layer's input) or ``"follows"``
             (bias, norm, anything else of its size).
+        places: Which neuron stands at each index of the dimension, by a number of its own.
+        units: The numbers of the group's neurons, ascending.
     """
 
     name: str
     dim: int
-    index: Tensor
     role: Role
+    places: Tensor
+    units: Tensor
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Shape (neurons, k): row i holds the k indices along ``dim`` that go with neuron i."""
+        inside = torch.isin(self.places, self.units).nonzero().squeeze(1)
+        order = torch.argsort(self.places[inside], stable=True)
+        return inside[order].view(len(self.units), -1) if len(self.units) else inside.view(0, 1)
 
     def __str__(self) -> str:
         times = f" x{self.index.size(1)}" if self.index.size(1) > 1 else ""
@@ -84,13 +93,23 @@ class Extent:
 
     unit_of: Tensor
 
+    @cached_property
+    def fixed(self) -> bool:
+        """Whether no index is a neuron."""
+        return bool((self.unit_of == NO_UNIT).all())
+
     def kept(self, alive: Tensor) -> Tensor:
         """The indices that remain, given which neurons are alive (bool, one per neuron)."""
-        stays = torch.cat([alive, alive.new_ones(1)])[self.unit_of]  # NO_UNIT reads the last one
+        if self.fixed:
+            return torch.arange(len(self.unit_of))
+        # an index of no neuron reads any, and stays
+        stays = (self.unit_of == NO_UNIT) | alive[self.unit_of.clamp(min=0)]
         return stays.nonzero().squeeze(1)
 
     def without(self, alive: Tensor, renumber: Tensor) -> Extent:
         """The same dimension after a removal."""
+        if self.fixed:
+            return self
         unit_of = self.unit_of[self.kept(alive)]
         return Extent(torch.where(unit_of == NO_UNIT, NO_UNIT, renumber[unit_of.clamp(min=0)]))
 
@@ -219,13 +238,15 @@ class Groups(Sequence[Group]):
         kept = {name: extent.kept(alive) for name, extent in self.constants.items()}
         return {name: left.tolist() for name, left in kept.items() if len(left) < len(self.constants[name].unit_of)}
 
-    def kept(self, alive: Tensor) -> dict[str, dict[int, list[int]]]:
+    def kept(self, alive: Tensor) -> dict[str, dict[int, Tensor]]:
         """Indices kept of every parameter and buffer that shrinks when only ``alive`` neurons stay."""
-        result: dict[str, dict[int, list[int]]] = {}
+        result: dict[str, dict[int, Tensor]] = {}
         for (name, dim), extent in self.extents.items():
+            if extent.fixed:
+                continue
             kept = extent.kept(alive)
             if len(kept) < len(extent.unit_of):
-                result.setdefault(name, {})[dim] = kept.tolist()
+                result.setdefault(name, {})[dim] = kept
         return result
 
     def sizes(self, alive: Tensor) -> dict[CallSite, dict[int, int]]:
@@ -270,7 +291,8 @@ class Groups(Sequence[Group]):
         start = 0
         for group, numbers in zip(self.prunable, self.ranges, strict=True):
             size = int(alive[numbers.start : numbers.stop].sum())
-            slices = tuple(replace(s, index=_index(extents[s.name, s.dim].unit_of, start, size)) for s in group.slices)
+            units = torch.arange(start, start + size)
+            slices = tuple(replace(s, places=extents[s.name, s.dim].unit_of, units=units) for s in group.slices)
             prunable.append(replace(group, size=size, slices=slices))
             start += size
         return replace(
@@ -328,7 +350,7 @@ class Groups(Sequence[Group]):
     def _moved(self, group: Group, alive: Tensor) -> Group:
         """A frozen group: its indices stay, but move up where others in the same dimension are gone."""
         slices = tuple(
-            replace(s, index=torch.searchsorted(self.extents[s.name, s.dim].kept(alive), s.index)) for s in group.slices
+            replace(s, places=s.places[self.extents[s.name, s.dim].kept(alive)]) for s in group.slices
         )
         return replace(group, slices=slices)
 
@@ -365,30 +387,23 @@ def _columns(rows: list[tuple[str, int, str]]) -> list[str]:
     return [f"  {name:<{width}}  {size:>5}  {text}" for name, size, text in rows]
 
 
-def _index(unit_of: Tensor, start: int, size: int) -> Tensor:
-    """Shape (size, k): where each of the units start … start+size stands; every unit stands k times."""
-    inside = ((unit_of >= start) & (unit_of < start + size)).nonzero().squeeze(1)
-    order = torch.argsort(unit_of[inside], stable=True)
-    return inside[order].view(size, -1) if size else inside.view(0, 1)
-
-
 def draw_groups(trace: Trace) -> Groups:
     """Connected labels become groups; each index of a parameter belongs to one neuron or to none."""
     solution = trace.book.solve()
     made = torch.zeros(trace.book.count, dtype=torch.bool)
     for labels in trace.book.made:
         made[labels] = True
-    families = _families(trace, solution, made)
+    places = [solution.root[leaf.labels] for leaf in trace.leaves]
+    families = _families(trace, solution, made, places)
+    makers = [bool(made[leaf.labels].any()) for leaf in trace.leaves]
 
     unit_of_root = torch.full((trace.book.count,), NO_UNIT)
     prunable, frozen, roots, start = [], [], [], 0
     for numbers, reason, mixing, components in families:
         size = len(components)
-        members = torch.full((trace.book.count,), NO_UNIT)
-        members[components] = torch.arange(size)
         slices = tuple(
-            _slice(trace.leaves[number], members[solution.root[trace.leaves[number].labels]], size, made)
-            for number in numbers
+            Slice(leaf.name, leaf.dim, _role(leaf, makers[number]), places[number], components)
+            for number, leaf in ((number, trace.leaves[number]) for number in numbers)
         )
         if reason or size < 2:
             frozen.append(Group(size, slices, reason or "the only one of its kind"))
@@ -405,13 +420,12 @@ Family = tuple[list[int], str, tuple[str, ...], Tensor]
 """Numbers of the leaves that hold its slices, what froze it, what mixes it, its components in order."""
 
 
-def _families(trace: Trace, solution: Solution, made: Tensor) -> list[Family]:
+def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Tensor]) -> list[Family]:
     """Components that own the same slices and share their fate; those that never hold neurons are left out.
 
     Components are told apart by sums of random numbers, one for each leaf that they have an index in, one for
     each operation that mixes them: two different sets have the same sum once in 2^64 times.
     """
-    roots = [solution.root[leaf.labels] for leaf in trace.leaves]
     reasons = list(mixing for mixing in solution.mixed)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**62), 2**62, (len(roots) + len(reasons) + 1,), generator=generator)
@@ -456,9 +470,8 @@ def _families(trace: Trace, solution: Solution, made: Tensor) -> list[Family]:
     ]
 
 
-def _slice(leaf: Leaf, unit_of: Tensor, size: int, made: Tensor) -> Slice:
-    role: Role = "makes" if bool(made[leaf.labels].any()) else "reads" if leaf.rank > 1 else "follows"
-    return Slice(leaf.name, leaf.dim, _index(unit_of, 0, size), role)
+def _role(leaf: Leaf, makes: bool) -> Role:
+    return "makes" if makes else "reads" if leaf.rank > 1 else "follows"
 
 
 def _assemble(

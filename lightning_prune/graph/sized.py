@@ -356,7 +356,10 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
     "channel_shuffle": _numbers(1, "groups", F.channel_shuffle, F.native_channel_shuffle),
     # Its own sizes follow from those of the module that calls it (pruning/attention.py).
     "attention": SizedFunction(
-        (F.multi_head_attention_forward,), lambda args, kwargs: [], lambda func, args, kwargs, _: (func, args, kwargs),
+        (F.multi_head_attention_forward,),
+        read=lambda args, kwargs: [],
+        write=lambda func, args, kwargs, sizes: (func, args, kwargs),
+        extents=lambda dims, args, kwargs, result: {},
         picks=True,
     ),
 }

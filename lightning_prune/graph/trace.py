@@ -224,8 +224,8 @@ class Tracer:
             self._unread.pop(id(tensor), None)
             known = self._known.get(tensor)
             static = static and known is not None and known.static
-            if known is not None and known.mixes:
-                self.trace.book.mixed.extend(known.mixes)
+            if known is not None and known.mixes and func is not _aten._local_scalar_dense.default:
+                self.trace.book.mixed.extend(known.mixes)  # a number that Python branches on is not followed
         if not _NO_SIZES.isdisjoint(func.tags):
             self.trace.data_dependent = True
         call = Call(

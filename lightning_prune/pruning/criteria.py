@@ -33,18 +33,30 @@ def neuron_l1(groups: Groups, parameters: Mapping[str, Tensor]) -> Tensor:
     alone).
     """
     scores = torch.zeros(groups.neurons, dtype=torch.float64)
+    wanted: dict[str, list[int]] = {}
     for (name, dim), extent in groups.extents.items():
-        if name not in groups.parameters or bool((extent.unit_of == NO_UNIT).all()):
-            continue
+        if name in groups.parameters and not extent.fixed:
+            wanted.setdefault(name, []).append(dim)
+    for name, dims in wanted.items():
         weight = parameters[name].detach()
-        others = [d for d in range(weight.dim()) if d != dim]
-        norm = weight.abs().double().sum(others).cpu() if others else weight.abs().double().cpu()
-        inside = extent.unit_of != NO_UNIT
-        scores.index_add_(0, extent.unit_of[inside], norm[inside])
+        for dim, norm in zip(dims, _norms(weight, dims), strict=True):
+            unit_of = groups.extents[name, dim].unit_of
+            inside = unit_of != NO_UNIT
+            scores.index_add_(0, unit_of[inside], norm[inside])
     for numbers in groups.ranges:
         part = scores[numbers.start : numbers.stop]
         part /= part.mean().clamp(min=torch.finfo(torch.float64).tiny)
     return scores
+
+
+def _norms(weight: Tensor, dims: list[int]) -> list[Tensor]:
+    """L1 norm of each slice along each of some dimensions, float64; the rest is summed up once for all of them."""
+    weight = weight.abs() if weight.is_complex() else weight
+    accumulate = torch.promote_types(weight.dtype, torch.float32)
+    others = [dim for dim in range(weight.dim()) if dim not in dims]
+    sums = torch.linalg.vector_norm(weight, 1, others, dtype=accumulate) if others else weight.abs()
+    sums = sums.double().cpu()
+    return [sums.sum([d for d in range(sums.dim()) if d != at]) if sums.dim() > 1 else sums for at in range(len(dims))]
 
 
 def weight_l1(weight: Tensor) -> Tensor:

@@ -276,7 +276,9 @@ def _attempt(
             made_by = ", ".join(group.name for group in touched)
             raise SurgeryError(f"Can't remove neurons of {made_by}: {error}\nThe model is as it was.") from error
     plan = Plan(
-        kept={alias: kept[name] for alias, name in aliases.items()},
+        kept={
+            alias: {dim: index.tolist() for dim, index in kept[name].items()} for alias, name in aliases.items()
+        },
         shapes=shapes,
         attributes=change.attributes,
         patches=tuple(patches),

@@ -7,7 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from itertools import accumulate
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -188,20 +189,53 @@ def select_neurons(
     return fewer if nearer else enough
 
 
-def _without(groups: Groups, blocks: Sequence[Tensor]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Blocks(Sequence[Tensor]):
+    """Neurons that go at once, in the order in which they go.
+
+    Attributes:
+        order: The neurons, block after block.
+        ends: Where each block ends.
+    """
+
+    order: Tensor
+    ends: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, at: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, at: slice) -> Blocks: ...
+    def __getitem__(self, at: int | slice) -> Tensor | Blocks:
+        if isinstance(at, slice):
+            ends = self.ends[at]
+            start = at.start or 0
+            first = self.ends[start - 1] if start else 0
+            return Blocks(self.order[first : ends[-1] if ends else first], [end - first for end in ends])
+        return self.order[self.ends[at - 1] if at else 0 : self.ends[at]]
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Blocks:
+        """From the blocks one by one."""
+        order = torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.long)
+        return cls(order, list(accumulate(map(len, parts))))
+
+
+def _without(groups: Groups, blocks: Blocks) -> Tensor:
     left = torch.ones(groups.neurons, dtype=torch.bool)
-    if blocks:
-        left[torch.cat(list(blocks))] = False
+    left[blocks.order] = False
     return left
 
 
-def _fewest(groups: Groups, blocks: Sequence[Tensor], enough: Callable[[Tensor], bool]) -> int:
+def _fewest(groups: Groups, blocks: Blocks, enough: Callable[[Tensor], bool]) -> int:
     """How many of the blocks, in order, must go; all of them are enough."""
     return bisect_left(range(len(blocks)), True, key=lambda count: enough(_without(groups, blocks[:count])))
 
 
 def _just_past(
-    groups: Groups, blocks: list[Tensor], measure: Callable[[Tensor], float], goal: float, tolerance: float
+    groups: Groups, blocks: Blocks, measure: Callable[[Tensor], float], goal: float, tolerance: float
 ) -> Tensor:
     """Reach a budget and overshoot it little.
 
@@ -220,7 +254,8 @@ def _just_past(
         if not count:
             break
         last = owner[blocks[count - 1][0]]
-        blocks = blocks[: count - 1] + [block for block in blocks[count:] if owner[block[0]] != last]
+        others = [block for block in blocks[count:] if owner[block[0]] != last]
+        blocks = Blocks.of([*blocks[: count - 1], *others])
     assert best is not None
     return best
 
@@ -265,31 +300,46 @@ def _blocks(
     round_to: int,
     dense: Dense,
     measure: Callable[[Tensor], float] | None,
-) -> list[Tensor]:
+) -> Blocks:
     """Neurons that go at once, in the order in which they go."""
-    keyed: list[tuple[float, int, Tensor]] = []
+    places: list[Tensor] = []
+    orders: list[Tensor] = []
+    sizes: list[int] = []
     for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
         if not bool(allowed[numbers.start]):
             continue
         order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
         whole = dense.sizes.get(key, group.size)
         first = group.size % round_to or round_to
-        ends = range(first, group.size - round_to + 1, round_to)
-        saved = 0.0 if measure is None else measure(_without(groups, ())) - measure(_without(groups, [order[:first]]))
-        mass = scores[order].double().flip(0).cumsum(0).flip(0)  # of this neuron and all that rank above it
-        for start, end in zip((0, *ends), ends, strict=False):
-            block = order[start:end]
-            if scope == "layer":
-                place = (whole - group.size + (start + end) / 2) / whole
-            elif measure is None:
-                place = float(scores[block].mean())
-            else:
-                place = _price(float(scores[block].sum()), float(mass[start]), saved * (end - start) / first)
-            keyed.append((place, len(keyed), block))
-    return [block for _, _, block in sorted(keyed, key=lambda item: item[:2])]
+        ends = torch.tensor(range(first, group.size - round_to + 1, round_to), dtype=torch.long)
+        if not len(ends):
+            continue
+        lengths = torch.full_like(ends, round_to)
+        lengths[0] = first
+        starts = ends - lengths
+        ranked = scores[order].double()
+        totals = torch.cat([ranked.new_zeros(1), ranked.cumsum(0)])
+        sums = totals[ends] - totals[starts]
+        if scope == "layer":
+            places.append((whole - group.size + (starts + ends) / 2) / whole)
+        elif measure is None:
+            places.append(sums / lengths if round_to > 1 else ranked[: len(ends)])
+        else:
+            saved = measure(_without(groups, Blocks.of([]))) - measure(_without(groups, Blocks.of([order[:first]])))
+            mass = ranked.flip(0).cumsum(0).flip(0)[starts]  # of this neuron and all that rank above it
+            places.append(_price(sums, mass, saved * lengths / first))
+        orders.append(order[: int(ends[-1])])
+        sizes += lengths.tolist()
+    if not orders:
+        return Blocks.of([])
+    chosen = torch.argsort(torch.cat([place.double() for place in places]), stable=True)
+    if round_to == 1:
+        return Blocks(torch.cat(orders)[chosen], list(range(1, len(chosen) + 1)))
+    parts = torch.cat(orders).split(sizes)
+    return Blocks.of([parts[number] for number in chosen.tolist()])
 
 
-def _price(score: float, mass: float, saved: float) -> float:
+def _price(score: Tensor, mass: Tensor, saved: Tensor) -> Tensor:
     """What it costs to save one unit of the budget: the share of the group's remaining score that goes.
 
     A share of what remains, not of what was, so that a group gets dearer the smaller it is; otherwise the layers
@@ -297,5 +347,5 @@ def _price(score: float, mass: float, saved: float) -> float:
 
     Source: the same normalisation of weights: Lee et al., 2021, arXiv:2010.07611 (LAMP).
     """
-    share = score / mass if mass > 0 else 0.0
-    return share / saved if saved > 0 else math.inf
+    share = torch.where(mass > 0, score / mass, 0.0)
+    return torch.where(saved > 0, share / saved, math.inf)

@@ -34,9 +34,10 @@ __all__ = [
     "take",
 ]
 
-Kept = Mapping[str, Mapping[int, Sequence[int]]]
+Indices = Sequence[int] | Tensor
+Kept = Mapping[str, Mapping[int, Indices]]
 Undo = Callable[[], None]
-Replaced = dict[int, tuple[Tensor, Tensor, Mapping[int, Sequence[int]]]]
+Replaced = dict[int, tuple[Tensor, Tensor, Mapping[int, Tensor]]]
 """Id of a tensor -> itself, the smaller one in its place, what that keeps of each dimension."""
 
 Value = int | tuple[int, ...] | list[int]
@@ -71,7 +72,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def take(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+def take(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
     """A new contiguous tensor with only some indices along some dimensions."""
     result = tensor.detach()
     for dim, index in dims.items():
@@ -111,11 +112,13 @@ def shrink(
     for name in (*kept, *(name for name in counts if name not in kept)):
         if name not in tensors:
             raise PruningError(f"{type(model).__name__} has no parameter or buffer {name!r}")
-        old, dims = tensors[name], kept.get(name, {})
+        old = tensors[name]
+        dims = {dim: torch.as_tensor(index) for dim, index in kept.get(name, {}).items()}
         for dim, index in dims.items():
             size = old.size(dim) if 0 <= dim < old.dim() else 0
-            if len(index) == 0 or not 0 <= min(index) <= max(index) < size:
-                raise PruningError(f"{name!r} of shape {tuple(old.shape)} has no such indices in dim {dim}: {index}")
+            if len(index) == 0 or not 0 <= int(index.min()) <= int(index.max()) < size:
+                listed = index.tolist()
+                raise PruningError(f"{name!r} of shape {tuple(old.shape)} has no such indices in dim {dim}: {listed}")
         if id(old) not in replaced:
             new = _shrunk(old, dims)
             replaced[id(old)] = (old, _renumbered(new, counts[name]) if name in counts else new, dims)
@@ -199,11 +202,11 @@ def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, change: Change
     packed = module.in_proj_weight is not None
     name = f"{prefix}{'in_proj_weight' if packed else 'q_proj_weight'}"
     weight: Any = module.in_proj_weight if packed else module.q_proj_weight
-    rows: Sequence[int] | None = kept.get(name, {}).get(0)
+    rows: Indices | None = kept.get(name, {}).get(0)
     heads, size = module.num_heads, module.head_dim
     if rows is not None:
         own = len(weight) // 3 if packed else len(weight)
-        heads = len({row // size for row in rows[:own]})
+        heads = len({int(row) // size for row in rows[:own]})
         size = own // heads
     key: Any = weight if packed else module.k_proj_weight
     value: Any = weight if packed else module.v_proj_weight
@@ -224,7 +227,7 @@ def _setter(target: Any, key: Any, value: Any) -> Undo:
     return put_back
 
 
-def _shrunk(old: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+def _shrunk(old: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     data = take(old, dims)
     if not isinstance(old, nn.Parameter):
         return data
@@ -331,7 +334,7 @@ def _deleter(target: Any, key: Any) -> Undo:
 
 
 def _shrunk_state(
-    state: Mapping[str, Any], old: Tensor, dims: Mapping[int, Sequence[int]], optimizer: str
+    state: Mapping[str, Any], old: Tensor, dims: Mapping[int, Tensor], optimizer: str
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in state.items():

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from constructs.registry import construct, image, normal, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from constructs.registry import construct, image, normal, tokens
 
 TOKENS = tokens(6, 5)
 IMAGE = image(3, 8)
@@ -218,7 +219,8 @@ def decoder_layer(**options: Any) -> nn.Module:
 
 
 def transformer(**options: Any) -> nn.Module:
-    with warnings.catch_warnings(action="ignore"):  # no nested tensors with norm_first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no nested tensors with norm_first
         return nn.Transformer(8, 2, 1, 1, 12, 0.0, batch_first=True, **options)
 
 

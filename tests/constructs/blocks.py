@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from constructs.registry import construct, image, normal, tokens, vector
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from constructs.registry import construct, image, normal, tokens, vector
 
 IMAGE = image(3, 8)
 TOKENS = tokens(6, 5)
@@ -405,7 +406,8 @@ construct("block_scse", lambda: Between(SpatialGate()), IMAGE)
 construct("block_attention_gate", AttentionGate, IMAGE)
 construct("block_convnext", lambda: Between(ConvNeXt()), IMAGE)
 construct("block_convnext_no_norm", lambda: Between(ConvNeXt(norm=False)), IMAGE)
-construct("block_convnext_grn", lambda: Between(ConvNeXt(grn=True)), IMAGE)
+construct("block_convnext_grn", lambda: Between(ConvNeXt(norm=False, grn=True)), IMAGE)
+construct("block_convnext_norm_grn", lambda: Between(ConvNeXt(grn=True)), IMAGE, approximate=True)
 
 
 # Split, cat, shuffle
@@ -1246,7 +1248,7 @@ class Prototypes(nn.Module):
         self.embed, self.prototypes = nn.Linear(6, 8), nn.Parameter(torch.randn(3, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return -torch.cdist(torch.tanh(self.embed(x)), self.prototypes) ** 2
+        return -(torch.cdist(torch.tanh(self.embed(x)), self.prototypes) ** 2)
 
 
 class CosineHead(nn.Module):
@@ -1290,9 +1292,9 @@ class WSConv(nn.Conv2d):
 
 
 class NFBlock(nn.Module):
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, conv: type[nn.Conv2d] = WSConv) -> None:
         super().__init__()
-        self.conv1, self.conv2 = WSConv(width, 6, 3, padding=1), WSConv(6, width, 1)
+        self.conv1, self.conv2 = WSConv(width, 6, 3, padding=1), conv(6, width, 1)
         self.skip_gain = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1505,7 +1507,8 @@ def linear_block(layer: Callable[[], nn.Module], out: int = 10) -> Callable[[], 
 
 
 STYLED = lambda batch: (normal(batch, 3, 6, 6), normal(batch, 5, seed=1))  # noqa: E731
-construct("weights_standardised", lambda: Between(NFBlock()), IMAGE)
+construct("weights_standardised", lambda: Between(NFBlock(conv=nn.Conv2d)), IMAGE)
+construct("weights_standardised_twice", lambda: Between(NFBlock()), IMAGE, approximate=True)
 construct("weights_masked_conv", lambda: Between(MaskedConv(8, 8, 3, padding=1)), IMAGE)
 construct("weights_masked_conv_written", lambda: Between(MaskedConv(8, 8, 3, padding=1, write=True)), IMAGE)
 construct("weights_made", MADE, vector(6))
@@ -1555,7 +1558,7 @@ class BilinearPool(nn.Module):
     def __init__(self, same: bool = False) -> None:
         super().__init__()
         self.same, self.a, self.b = same, nn.Conv2d(3, 6, 3), nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(36 if same else 24, 3)
+        self.fc = nn.Sequential(nn.Linear(36 if same else 24, 8), nn.ReLU(), nn.Linear(8, 3))
         if same:
             del self.b
 
@@ -1664,15 +1667,16 @@ class GCN(nn.Module):
 class GAT(nn.Module):
     """Attention along edges: concatenated, or as a sum of two scores; heads side by side."""
 
-    def __init__(self, heads: int = 2, dim: int = 4, concat: bool = False) -> None:
+    def __init__(self, heads: int = 4, dim: int = 3, concat: bool = False) -> None:
         super().__init__()
         self.heads, self.dim, self.concat = heads, dim, concat
-        self.W, self.out = nn.Linear(5, heads * dim, bias=False), nn.Linear(heads * dim, 3)
+        self.enter, self.W = nn.Linear(5, 6), nn.Linear(6, heads * dim, bias=False)
+        self.out = nn.Linear(heads * dim, 3)
         self.a = nn.Parameter(torch.randn(heads, 2 * dim))
 
     def forward(self, x: Tensor, adj: Tensor) -> Tensor:
         b, n, _ = x.shape
-        h = self.W(x).view(b, n, self.heads, self.dim).transpose(1, 2)
+        h = self.W(F.relu(self.enter(x))).view(b, n, self.heads, self.dim).transpose(1, 2)
         if self.concat:
             left, right = h.unsqueeze(3).expand(-1, -1, n, n, -1), h.unsqueeze(2).expand(-1, -1, n, n, -1)
             e = torch.einsum("bhijd,hd->bhij", torch.cat([left, right], dim=-1), self.a)

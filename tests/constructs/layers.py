@@ -48,25 +48,34 @@ for name, rank, enter, leave, middle in (
     ("conv_transpose2d", 2, 8, 6, lambda: nn.ConvTranspose2d(8, 6, 2, stride=2, bias=False)),
     ("conv_transpose2d_padded", 2, 8, 6, lambda: nn.ConvTranspose2d(8, 6, 3, 2, padding=1, output_padding=1)),
     ("conv_transpose3d", 3, 8, 6, lambda: nn.ConvTranspose3d(8, 6, 2)),
-    ("grouped1d", 1, 8, 8, lambda: nn.Conv1d(8, 8, 3, groups=2)),
-    ("grouped2d", 2, 8, 8, lambda: nn.Conv2d(8, 8, 3, groups=2)),
+    ("grouped1d", 1, 16, 16, lambda: nn.Conv1d(16, 16, 3, groups=4)),
+    ("grouped2d", 2, 16, 16, lambda: nn.Conv2d(16, 16, 3, groups=4)),
     ("grouped2d_no_bias", 2, 16, 16, lambda: nn.Conv2d(16, 16, 3, groups=4, bias=False)),
-    ("grouped2d_widening", 2, 8, 16, lambda: nn.Conv2d(8, 16, 3, groups=2)),
-    ("grouped2d_narrowing", 2, 16, 8, lambda: nn.Conv2d(16, 8, 1, groups=2)),
-    ("grouped3d", 3, 8, 8, lambda: nn.Conv3d(8, 8, 2, groups=2)),
-    ("grouped_transpose1d", 1, 8, 8, lambda: nn.ConvTranspose1d(8, 8, 2, groups=2)),
-    ("grouped_transpose2d", 2, 8, 16, lambda: nn.ConvTranspose2d(8, 16, 2, stride=2, groups=2)),
+    ("grouped2d_widening", 2, 8, 16, lambda: nn.Conv2d(8, 16, 3, groups=4)),
+    ("grouped2d_narrowing", 2, 16, 8, lambda: nn.Conv2d(16, 8, 1, groups=4)),
+    ("grouped3d", 3, 8, 8, lambda: nn.Conv3d(8, 8, 2, groups=4)),
+    ("grouped_transpose1d", 1, 8, 8, lambda: nn.ConvTranspose1d(8, 8, 2, groups=4)),
+    ("grouped_transpose2d", 2, 8, 16, lambda: nn.ConvTranspose2d(8, 16, 2, stride=2, groups=4)),
     ("depthwise1d", 1, 8, 8, lambda: nn.Conv1d(8, 8, 3, groups=8)),
     ("depthwise2d", 2, 8, 8, lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8)),
     ("depthwise3d", 3, 8, 8, lambda: nn.Conv3d(8, 8, 2, groups=8)),
     ("depthwise_transpose2d", 2, 8, 8, lambda: nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8)),
     ("depthwise_multiplier", 2, 8, 16, lambda: nn.Conv2d(8, 16, 3, groups=8)),
     ("depthwise_transpose_multiplier", 2, 8, 16, lambda: nn.ConvTranspose2d(8, 16, 3, groups=8)),
-    ("grouped_twice", 2, 8, 8, lambda: nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=4))),
+    ("grouped_twice", 2, 16, 16, lambda: nn.Sequential(nn.Conv2d(16, 16, 1, groups=4), nn.ReLU(), nn.Conv2d(16, 16, 1, groups=8))),
     ("depthwise_separable", 2, 8, 8, lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.Conv2d(8, 8, 1))),
     ("pointwise_one_channel_per_group", 2, 16, 4, lambda: nn.Conv2d(16, 4, 1, groups=4)),
 ):  # fmt: skip
     construct(name, around(middle, rank, enter, leave), INPUTS[rank])
+
+
+construct(
+    "grouped_in_two",
+    lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    ),
+    image(side=6),
+)
 
 
 class FunctionalConv(nn.Module):
@@ -86,7 +95,7 @@ class FunctionalPlain(FunctionalConv):
 
 class FunctionalGrouped(FunctionalConv):
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(F.conv2d(torch.tanh(self.stem(x)), self.weight, self.bias, groups=2)))
+        return self.head(F.relu(F.conv2d(torch.tanh(self.stem(x)), self.weight, self.bias, groups=4)))
 
 
 class FunctionalDepthwise(FunctionalConv):
@@ -100,7 +109,7 @@ class FunctionalTransposed(FunctionalConv):
 
 
 construct("functional_conv", lambda: FunctionalPlain(1), image(side=6))
-construct("functional_grouped", lambda: FunctionalGrouped(2), image(side=6))
+construct("functional_grouped", lambda: FunctionalGrouped(4), image(side=6))
 construct("functional_depthwise", lambda: FunctionalDepthwise(8), image(side=6))
 construct("functional_transposed", lambda: FunctionalTransposed(1), image(side=6))
 
@@ -369,7 +378,7 @@ for name, norm in (
     ("local_response_norm", lambda: nn.LocalResponseNorm(3)),
 ):
     construct(name, normed(norm), image(side=6))
-construct("group_norm_alone", around(lambda: nn.GroupNorm(2, 8)), image(side=6), approximate=True)
+construct("group_norm_alone", around(lambda: nn.GroupNorm(4, 16), 2, 16, 16), image(side=6))
 construct("layer_norm_space", around(lambda: nn.LayerNorm([6, 6])), image(side=6))
 
 

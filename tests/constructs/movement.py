@@ -95,9 +95,9 @@ for name, op, width, reads in (
     ("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), 8, 32),
     ("space_to_depth_by_hand", lambda x: torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1), 8, 32),
     ("depth_to_space_by_hand", lambda x: x.view(len(x), 4, 2, 2, 6, 6).permute(0, 1, 4, 2, 5, 3).reshape(len(x), 4, 12, 12), 16, 4),
-    ("channel_shuffle", lambda x: x.view(x.size(0), 2, x.size(1) // 2, 6, 6).transpose(1, 2).reshape(x.size(0), -1, 6, 6), 8, 8),
-    ("channel_shuffle_literal", lambda x: x.view(-1, 2, 4, 6, 6).transpose(1, 2).reshape(-1, 8, 6, 6), 8, 8),
-    ("channel_shuffle_module", lambda x: nn.ChannelShuffle(2)(x), 8, 8),
+    ("channel_shuffle", lambda x: x.view(x.size(0), 4, x.size(1) // 4, 6, 6).transpose(1, 2).reshape(x.size(0), -1, 6, 6), 16, 16),
+    ("channel_shuffle_literal", lambda x: x.view(-1, 4, 4, 6, 6).transpose(1, 2).reshape(-1, 16, 6, 6), 16, 16),
+    ("channel_shuffle_module", lambda x: nn.ChannelShuffle(4)(x), 16, 16),
     ("repeat_channels", lambda x: x.repeat(1, 2, 1, 1), 8, 16),
     ("tile_channels", lambda x: x.tile((2, 1, 1)), 8, 16),
     ("repeat_interleave_channels", lambda x: x.repeat_interleave(2, dim=1), 8, 16),
@@ -105,11 +105,6 @@ for name, op, width, reads in (
     ("flip_channels", lambda x: x.flip(1), 8, 8),
     ("flip_channels_added", lambda x: x + x.flip(1), 8, 8),
     ("roll_half_the_channels", lambda x: x.roll(4, 1), 8, 8),
-    ("index_list", lambda x: x[:, [6, 2, 3, 1, 5, 0, 7, 4]], 8, 8),
-    ("index_list_partial", lambda x: x[:, [0, 2, 4, 5, 6, 7]], 8, 6),
-    ("index_twice", lambda x: x[:, [0, 1, 2, 3, 4, 5, 6, 7, 7, 6]], 8, 10),
-    ("index_mask", lambda x: x[:, torch.tensor([True, False] * 4)], 8, 4),
-    ("index_select_constant", lambda x: x.index_select(1, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])), 8, 8),
     ("pad_channels_zero", lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), 8, 12),
     ("pad_channels_value", lambda x: F.pad(x, (0, 0, 0, 0, 1, 0), value=0.5), 8, 9),
     ("unfold", lambda x: F.unfold(x, 3, padding=1).view(len(x), -1, 6, 6), 6, 54),
@@ -117,6 +112,16 @@ for name, op, width, reads in (
     ("unfold_fold", lambda x: F.fold(F.unfold(x, 2, stride=2), 6, 2, stride=2), 8, 8),
 ):  # fmt: skip
     construct(name, conv_net(op, width, reads), SMALL)
+# Positions written in code: the layer behind them goes at least
+for name, op, width, reads in (
+    ("index_list", lambda x: x[:, [6, 2, 3, 1, 5, 0, 7, 4]], 8, 8),
+    ("index_list_partial", lambda x: x[:, [0, 2, 4, 5, 6, 7]], 8, 6),
+    ("index_twice", lambda x: x[:, [0, 1, 2, 3, 4, 5, 6, 7, 7, 6]], 8, 10),
+    ("index_mask", lambda x: x[:, torch.tensor([True, False] * 4)], 8, 4),
+    ("index_select_constant", lambda x: x.index_select(1, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])), 8, 8),
+    ("unbind_and_stack", lambda x: torch.stack([*x.unbind(1)[::2], *x.unbind(1)[1::2]], 1), 8, 8),
+):
+    construct(name, conv_net(op, width, reads, tail=True), SMALL)
 for name, op in (
     ("pad_constant", lambda x: F.pad(x, (1, 1, 1, 1), value=0.5)),
     ("pad_reflect", lambda x: F.pad(x, (1, 2, 1, 0), mode="reflect")),
@@ -166,11 +171,9 @@ for name, pieces, widths, channels in (
     ("slice_first_dropped", lambda x: (x[:, 1:],), (7,), 8),
     ("slice_and_all", lambda x: (x[:, :4], x), (4, 8), 8),
     ("narrow", lambda x: (x.narrow(1, 0, 5), torch.narrow(x, 1, 5, 3)), (5, 3), 8),
-    ("unbind_and_stack", lambda x: (torch.stack(x.unbind(1)[::2], 1), torch.stack(x.unbind(1)[1::2], 1)), (4, 4), 8),
     ("select", lambda x: (x.select(1, 0).unsqueeze(1), x[:, 1:]), (1, 7), 8),
     ("view_then_select", lambda x: (x.view(len(x), 2, -1, 6, 6)[:, 0], x.view(len(x), 2, -1, 6, 6)[:, 1]), (4, 4), 8),
     ("unflatten_unbind", lambda x: x.unflatten(1, (2, 4)).unbind(1), (4, 4), 8),
-    ("masked_pieces", lambda x: (x * (torch.arange(8) < 4).view(1, -1, 1, 1), x), (8, 8), 8),
 ):  # fmt: skip
     construct(
         name, lambda pieces=pieces, widths=widths, channels=channels: Cut(pieces, *widths, channels=channels), SMALL
@@ -264,7 +267,7 @@ for name, op, order, persistent in (
     ("permutation_not_persistent", lambda x, perm: x[:, perm], ORDER, False),
     ("permutation_index_select", lambda x, perm: torch.index_select(x, 1, perm), ORDER, True),
     ("permutation_partial", lambda x, perm: x[:, perm], [1, 3, 4, 5, 6], True),
-    ("permutation_and_itself", lambda x, perm: x[:, perm] + x, ORDER, True),
+    ("permutation_and_itself", lambda x, perm: x[:, perm] + x, [1, 0, 3, 2, 5, 4, 7, 6], True),
     ("permutation_inverse", lambda x, perm: torch.tanh(x[:, perm])[:, perm.argsort()], ORDER, True),
     ("gather_channels", lambda x, perm: x.gather(1, perm.view(1, -1, 1, 1).expand(len(x), -1, 6, 6)), ORDER, True),
     ("take_along_channels", lambda x, perm: x.take_along_dim(perm.view(1, -1, 1, 1), 1), ORDER, True),

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from constructs.registry import construct, image, indices, normal, signal, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
+
+from constructs.registry import construct, image, indices, normal, signal, tokens
 
 TOKENS = tokens(6, 5)
 INDICES = indices(6, 12)

@@ -162,8 +162,6 @@ for name, op in (
     construct(name, conv_net(op, 8, 1), SMALL, approximate=True)
     construct(f"{name}_then_more", conv_net(op, 8, 1, tail=True), SMALL)
 for name, op, reads in (
-    ("sum_in_groups", lambda x: x.view(len(x), 4, 2, 6, 6).sum(2), 4),
-    ("sum_across_groups", lambda x: x.view(len(x), 2, 4, 6, 6).sum(1), 4),
     ("mean_across_groups", lambda x: x.unflatten(1, (2, -1)).mean(1), 4),
     ("subtract_the_mean", lambda x: x - x.mean((2, 3), keepdim=True), 8),
     ("divide_by_the_sum", lambda x: x / (1 + x.square().sum(1, keepdim=True)), 8),
@@ -203,6 +201,8 @@ for name, op in (
     ("masked_mean_tokens", lambda x: (x * (torch.arange(6) < 4).view(1, -1, 1)).sum(1) / 4),
 ):
     construct(name, linear_net(op), tokens())
+construct("sum_in_groups", conv_net(lambda x: x.view(len(x), 4, 4, 6, 6).sum(2), 16, 4), SMALL)
+construct("sum_across_groups", conv_net(lambda x: x.view(len(x), 4, 4, 6, 6).sum(1), 16, 4), SMALL)
 construct(
     "fourier_mixing",
     lambda: Net(lambda n, x: n.c(torch.relu(n.b(torch.fft.fft2(torch.tanh(n.a(x))).real))),

@@ -78,7 +78,7 @@ class Asserted(nn.Module):
         x = torch.tanh(self.a(x))
         if x.shape[1] != self.b.in_channels:
             raise ValueError(f"expected {self.b.in_channels} channels, got {x.shape[1]}")
-        return self.b(x) / self.a.out_channels**0.5
+        return self.b(x)
 
 
 class Accumulator(nn.Module):
@@ -133,6 +133,16 @@ class PaddedShortcut(nn.Module):
 
 construct("literal_view", Literal, SMALL)
 construct("sizes_in_attributes", Attributes, SMALL)
+construct(
+    "divided_by_out_channels",
+    lambda: Net(
+        lambda n, x: n.c(torch.tanh(n.b(n.a(x).tanh() / n.a.out_features**0.5))),
+        a=nn.Linear(8, 6),
+        b=nn.Linear(6, 6),
+        c=nn.Linear(6, 2),
+    ),
+    vector(8),
+)
 construct("num_flat_features", NumFlatFeatures, SMALL)
 construct("asserted_width", Asserted, SMALL)
 construct("zeros_hidden_state", Accumulator, tokens())
@@ -153,6 +163,7 @@ for name, op, reads in (
     ("zeros_like_added", lambda x: torch.zeros_like(x) + x, 8),
     ("empty_filled", lambda x: torch.empty(len(x), 8, 6, 6, dtype=x.dtype).copy_(x), 8),
     ("divided_by_width", lambda x: x / x.size(1) ** 0.5, 8),
+    ("masked_by_position", lambda x: x * (torch.arange(8) < 4).view(1, -1, 1, 1), 8),
     ("numel_mean", lambda x: x * (x.numel() // x.shape[0] // 36 / 8), 8),
     ("loop_over_channels", lambda x: torch.stack([x[:, i] * (1 + i / 8) for i in range(x.size(1))], 1), 8),
     ("loop_over_groups", lambda x: torch.cat([g - g.mean((2, 3), keepdim=True) for g in x.split(2, 1)], 1), 8),
@@ -394,10 +405,10 @@ for name, op in (
     ("unused_computation", lambda x: (x.mean(1), x)[1]),
     ("vmapped", lambda x: torch.vmap(torch.tanh)(x)),
     ("nan_to_num", lambda x: torch.nan_to_num(x)),
-    ("isfinite_checked", lambda x: x if bool(torch.isfinite(x).all()) else torch.zeros_like(x)),
     ("len_and_ndim", lambda x: x.view(len(x), *x.shape[1:]) if x.ndim == 4 and x.is_floating_point() else x),
 ):
     construct(name, conv_net(op), SMALL)
+construct("isfinite_checked", conv_net(lambda x: x if bool(torch.isfinite(x).all()) else x * 0), SMALL)
 
 
 class Checkpointed(nn.Module):

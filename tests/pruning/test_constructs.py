@@ -17,8 +17,8 @@ from lightning_prune import Plan, PruningError, prune_neurons
 
 every = pytest.mark.parametrize("name", list(CONSTRUCTS))
 
-ROWS_STAY = ("original1", "weight_v")
-"""The direction of a weight norm: its magnitude is zero already, and a row of zeros has no direction."""
+MAGNITUDES = {"original1": "original0", "weight_v": "weight_g"}
+"""The rows of a weight norm whose magnitude is zero already stay: a row of zeros has no direction."""
 
 DIVISORS = ("std",)
 """Buffers that something is divided by."""
@@ -68,7 +68,8 @@ def masked(case: Construct, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> 
     tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
     for name, dims in kept.items():
         for dim, index in dims.items():
-            stays = name.endswith(DIVISORS) or (dim == 0 and name.endswith(ROWS_STAY))
+            path, _, last = name.rpartition(".")
+            stays = last in DIVISORS or (dim == 0 and f"{path}.{MAGNITUDES.get(last)}" in kept)
             if tensors[name].is_floating_point() and not stays:
                 for gone in complement(tensors[name].size(dim), index):
                     tensors[name].select(dim, gone).zero_()

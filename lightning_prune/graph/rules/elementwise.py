@@ -72,6 +72,8 @@ aten_family(
         "leaky_relu",
         "leaky_relu_",
         "log_sigmoid_forward",
+        "masked_fill",
+        "masked_fill_",
         "mish",
         "native_dropout",
         "nan_to_num",
@@ -92,7 +94,25 @@ def _keeps_zero(call: Call, inputs: list[Tensor], zeros: tuple[int, ...], labels
         return bool(zeros)
     if call.func.overloadpacket is aten.copy_:
         return 1 in zeros or len(inputs) < 2
-    numbers = iter(range(len(inputs)))
+    key = (call.func, zeros, str(pytree.tree_map(_kind_of, (call.args, call.kwargs))))
+    if key not in _results:
+        _results[key] = _try_zeros(call, zeros)
+    keeps, finite = _results[key]
+    if zeros and not finite:  # zero times infinity: the masked model gives no number
+        call.mix(labels)
+    return keeps
+
+
+_results: dict[Any, tuple[bool, bool]] = {}
+
+
+def _kind_of(leaf: Any) -> Any:
+    return leaf.dtype if isinstance(leaf, Tensor) else leaf
+
+
+def _try_zeros(call: Call, zeros: tuple[int, ...]) -> tuple[bool, bool]:
+    """Whether the operation makes zeros, and numbers, where some of its inputs are zero."""
+    numbers = iter(range(len(list(call.tensors()))))
 
     def stand_in(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -105,9 +125,7 @@ def _keeps_zero(call: Call, inputs: list[Tensor], zeros: tuple[int, ...], labels
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     values = pytree.tree_leaves(call.func(*args, **kwargs))[0]
-    if zeros and not bool(values.isfinite().all()):  # zero times infinity: the masked model gives no number
-        call.mix(labels)
-    return not bool(values.any())
+    return not bool(values.any()), bool(values.isfinite().all())
 
 
 def _is_real(tensor: Tensor) -> bool:

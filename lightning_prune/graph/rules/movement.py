@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -515,6 +515,60 @@ def _mask(call: Call, dims: Dims, given: Sequence[Tensor | None]) -> Dims:
     for labels in (*dims[at : at + mask.dim()], *call.dims(mask)):
         call.freeze(labels, "picks by a mask from")
     return (*dims[:at], None, *dims[at + mask.dim() :])
+
+
+@rule(aten.index_put, aten.index_put_, aten._unsafe_index_put)
+def index_put(call: Call) -> Dims:
+    """Writes at tensors of indices: the dimensions that it writes along stay, those behind are common to both."""
+    target, values = call.args[0], call.args[2]
+    dims, own = list(call.dims(target)), call.dims(values)
+    written = [dim for dim, each in _indexed(call.args[1]) if each is not None]
+    behind = written[-1] + 1
+    if written != list(range(behind)):  # the written ones come first in the values then
+        behind = len(dims)
+    for labels in (*dims[:behind], *own[: max(values.dim() - (len(dims) - behind), 0)]):
+        call.freeze(labels, "writes at indices of")
+    dims[:behind] = [None] * behind
+    for dim in range(behind, len(dims)):
+        back = len(dims) - dim
+        varies = values.dim() >= back and values.size(-back) > 1
+        dims[dim] = call.unify(dims[dim], own[-back]) if varies else call.book.fill(dims[dim])
+    return tuple(dims)
+
+
+def _indexed(given: Sequence[Tensor | None]) -> Iterator[tuple[int, Tensor | None]]:
+    """Which dimensions the parts of an index are about: a mask is about as many as it has."""
+    dim = 0
+    for each in given:
+        mask = each is not None and each.dtype in (torch.bool, torch.uint8)
+        for _ in range(each.dim() if mask and each is not None else 1):
+            yield dim, each
+            dim += 1
+
+
+def write_along(call: Call) -> Dims:
+    """Adds, copies or fills at places along one dimension, which stays; the others are common to all."""
+    target, dim, places, source = call.args[0], call.args[1], call.args[2], call.args[3]
+    dims = list(call.dims(target))
+    for at, labels in enumerate(dims):
+        if at == dim % len(dims):
+            call.freeze(labels, "writes at indices of")
+            dims[at] = None
+        elif isinstance(source, Tensor) and source.dim() == len(dims):
+            dims[at] = call.unify(labels, call.dims(source)[at])
+        else:
+            dims[at] = call.book.fill(labels)
+    if isinstance(source, Tensor) and source.dim() == len(dims):
+        call.freeze(call.dims(source)[dim], "is written at indices")
+    if places.dim() == len(dims):  # scatter has an index for each element
+        for at, labels in enumerate(call.dims(places)):
+            call.unify(labels, dims[at])
+    return tuple(dims)
+
+
+aten_family(write_along, ["index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_",
+                          "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
+                          "index_reduce", "index_reduce_"])  # fmt: skip
 
 
 @rule(aten.index_select)
