@@ -100,6 +100,7 @@ class ModuleStack:
     model: nn.Module
     on_leave: Callable[[str, Any], None] = lambda path, output: None
     is_outside: Callable[[Any], bool] = lambda inputs: True
+    on_enter: Callable[[str, nn.Module, tuple[Any, ...]], None] = lambda path, module, args: None
     outermost: list[ModuleCall] = field(default_factory=list)
     _running: list[tuple[str | None, dict[str, int]]] = field(default_factory=list)
 
@@ -121,7 +122,7 @@ class ModuleStack:
             if path is not None:
                 number = calls.get(counted, 0)
                 calls[counted] = number + 1
-                site = CallSite(path, function, number)
+                site = CallSite(path, counted, number)
         return site
 
     def _note(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModuleCall:
@@ -148,6 +149,8 @@ class ModuleStack:
                 self.outermost.append(self._note(path, args, kwargs))
             self._running.append((path, {}))
             entered.append(module)
+            if path is not None:
+                self.on_enter(path, module, args)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if not entered or entered[-1] is not module:  # a hook of the user's raised before ours came to enter
@@ -183,7 +186,7 @@ class SizeRewriter(TorchFunctionMode):
         if name is not None:
             number = self.counts[COUNTED_AS[name]]
             self.counts[COUNTED_AS[name]] = number + 1
-            sizes = self.patches.get((name, number))
+            sizes = self.patches.get((COUNTED_AS[name], number))
             if sizes is not None:
                 func, args, kwargs = SIZED_FUNCTIONS[name].write(func, args, kwargs, sizes)
         return func(*args, **kwargs)

@@ -23,6 +23,8 @@ NO_UNIT = -1
 
 Role = Literal["makes", "reads", "follows"]
 
+NOT_MADE = "no layer of the traced run makes it"
+
 
 @dataclass(frozen=True, eq=False)
 class Slice:
@@ -388,7 +390,19 @@ def _columns(rows: list[tuple[str, int, str]]) -> list[str]:
 
 
 def draw_groups(trace: Trace) -> Groups:
-    """Connected labels become groups; each index of a parameter belongs to one neuron or to none."""
+    """Connected labels become groups; each index of a parameter belongs to one neuron or to none.
+
+    Where the choice of an axis leaves neurons that are the only ones of their kind, so that none can go, another
+    axis is tried.
+    """
+    while True:
+        groups, lonely = _draw(trace)
+        if not lonely or not trace.book.avoid(lonely):
+            return groups
+
+
+def _draw(trace: Trace) -> tuple[Groups, list[Tensor]]:
+    """The groups, and the axes whose indices are each the only one of its kind."""
     solution = trace.book.solve()
     made = torch.zeros(trace.book.count, dtype=torch.bool)
     for labels in trace.book.made:
@@ -413,7 +427,9 @@ def draw_groups(trace: Trace) -> Groups:
         roots.append(components)
         start += size
     origin = Origin(trace, solution, torch.cat(roots) if roots else torch.empty(0, dtype=torch.long))
-    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root, origin)
+    alone = [each for _, reason, _, each in families if not reason and len(each) == 1]
+    lonely = solution.axes_within(trace.book.boxes, torch.cat(alone)) if alone else []
+    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root, origin), lonely
 
 
 Family = tuple[list[int], str, tuple[str, ...], Tensor]
@@ -439,7 +455,7 @@ def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Te
         signature.index_add_(0, mixed, key.expand(len(mixed)))
 
     reason = solution.reason.clone()
-    texts = [*solution.reasons, "no layer of the traced run makes it"]
+    texts = [*solution.reasons, NOT_MADE]
     has_maker = torch.zeros(trace.book.count, dtype=torch.bool)
     has_maker[solution.root[made]] = True
     reason[(reason == 0) & ~has_maker] = len(texts)

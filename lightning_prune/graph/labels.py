@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import prod
 
 import torch
@@ -58,6 +59,12 @@ class Solution:
     reasons: tuple[str, ...]
     mixed: dict[str, Tensor]
     chosen: tuple[int | None, ...]
+
+    def axes_within(self, boxes: Sequence[Box], roots: Tensor) -> list[Tensor]:
+        """The chosen axes of boxes all of whose indices belong to some of these components."""
+        pairs = ((box.axes, choice) for box, choice in zip(boxes, self.chosen, strict=True))
+        axes = [axes[choice] for axes, choice in pairs if choice is not None and len(axes) > 1]
+        return [axis for axis in axes if bool(torch.isin(self.root[axis], roots).all())]
 
 
 @dataclass
@@ -187,7 +194,7 @@ class LabelBook:
         useless = list(self.avoided)
         while True:
             chosen = self._choose(base, useless)
-            equal, frozen = self._facts_of(chosen)
+            equal, frozen = self._facts_of(base, chosen)
             root = _components(self.count, equal, base) if equal else base
             idle = self._idle(root, chosen)
             if not idle:
@@ -233,7 +240,7 @@ class LabelBook:
             part
             for box, own in zip(self.boxes, parts, strict=True)
             for axis, part in zip(box.axes, own, strict=True)
-            if bool(stuck[root[axis]].all()) or bool((root[axis] == root[axis[0]]).all())
+            if bool(stuck[root[axis]].all()) or bool((root[axis] == root[axis[0]]).all()) or own.count(part) > 1
         }
         blocked.update(choice[root[labels]][0].item() for labels in useless)
         boxes_of: dict[int, list[int]] = {}
@@ -261,10 +268,16 @@ class LabelBook:
             mixed[root[labels.flatten()]] = True
         return (axis for box in self.boxes for axis in box.axes if bool(mixed[root[axis]].any()))
 
-    def _facts_of(self, chosen: Sequence[int | None]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+    def _facts_of(
+        self, base: Tensor, chosen: Sequence[int | None]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
         """What follows from a choice: the cells go with the chosen axis, the other axes stay."""
         equal, frozen = [], []
         for box, choice in zip(self.boxes, chosen, strict=True):
+            if choice is None:
+                for one, other in combinations(box.axes, 2):
+                    if bool(torch.isin(base[one], base[other]).any()):
+                        frozen.append((one, f"pairs a prunable dimension with itself ({box.where})"))
             for axis, labels in enumerate(box.axes):
                 if axis == choice:
                     shape = [-1 if dim == axis else 1 for dim in range(box.cells.dim())]
@@ -287,6 +300,13 @@ class LabelBook:
                 if bool((roots == roots[0]).all()) or bool(frozen[roots].all()):
                     found.append(box.axes[choice])
         return found
+
+    def avoid(self, axes: Sequence[Tensor]) -> bool:
+        """State that these axes of boxes are no good choice; False if that is known already."""
+        known = {int(axis[0]) for axis in self.avoided}
+        fresh = [axis for axis in axes if int(axis[0]) not in known]
+        self.avoided += fresh
+        return bool(fresh)
 
     def reconsider(self, solution: Solution, roots: Tensor, reason: str) -> None:
         """State that components can't go as they were drawn: their boxes take another axis, or they stay."""

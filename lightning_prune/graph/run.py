@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
+from lightning_prune.graph.tree import tensors
 
 __all__ = ["as_calls", "run_calls", "same_buffers", "traced", "undisturbed"]
 
@@ -37,7 +37,7 @@ def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
             "example_inputs must be a tensor, a tuple of positional or a dict of keyword arguments, "
             f"got {type(example_inputs).__name__}"
         )
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((call.args, call.kwargs))):
+    if not tensors((call.args, call.kwargs)):
         raise PruningError("example_inputs holds no tensor")
     return (call,)
 
@@ -104,13 +104,9 @@ def _observe(tracer: Tracer, model: nn.Module, calls: Sequence[ModuleCall]) -> N
             outputs = run_calls(model, calls)
     except Exception as error:
         mode = "training" if model.training else "evaluation"
-        shapes = [tuple(t.shape) for call in calls for t in _tensors((call.args, call.kwargs))]
+        shapes = [tuple(t.shape) for call in calls for t in tensors((call.args, call.kwargs))]
         raise TraceError(
             f"{type(model).__name__} in {mode} mode raised {type(error).__name__} on inputs of shapes {shapes}: "
             f"{error}\nGive example_inputs that the model accepts."
         ) from error
     tracer.freeze_outputs(outputs, "reaches the model's output")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -26,6 +26,7 @@ from lightning_prune.graph.callsites import (
 from lightning_prune.graph.labels import Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction
+from lightning_prune.graph.tree import tensors
 
 __all__ = ["AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
 
@@ -148,7 +149,7 @@ class Tracer:
         self._known: Any = WeakTensorKeyDictionary()
         self._unread = {id(p): name for name, p in model.named_parameters()}
         self._names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-        self._stack = ModuleStack(model, self._outermost_output, self._is_outside)
+        self._stack = ModuleStack(model, self._outermost_output, self._is_outside, self._entered)
         self._patchable = False
         self.trace.parameters.update(name for name, _ in model.named_parameters())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -199,20 +200,28 @@ class Tracer:
 
     def freeze_outputs(self, outputs: Any, reason: str) -> None:
         """State that these tensors keep their shape."""
-        for leaf in pytree.tree_leaves(outputs):
-            if isinstance(leaf, Tensor):
-                known = self._known.get(leaf)
-                if known is not None:
-                    self.trace.book.mixed.extend(known.mixes)
-                    for labels in known.dims:
-                        self.trace.book.freeze(labels, reason)
+        for tensor in tensors(outputs):
+            known = self._known.get(tensor)
+            if known is not None:
+                self.trace.book.mixed.extend(known.mixes)
+                for labels in known.dims:
+                    self.trace.book.freeze(labels, reason)
 
     def _outermost_output(self, path: str, output: Any) -> None:
         if path == "":
             self.freeze_outputs(output, "reaches the model's output")
 
+    def _entered(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A layer without tensors may hold a width nonetheless, that of its input."""
+        if isinstance(module, nn.modules.batchnorm._NormBase) and args and isinstance(args[0], Tensor):
+            unbatched = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module._get_no_batch_dim()
+            channel = 0 if unbatched == args[0].dim() else 1
+            labels = self._labels_of(args[0])[channel] if args[0].dim() > channel else None
+            if labels is not None:
+                self.trace.attributes.setdefault(AttributeSite(path, "num_features"), []).append(labels)
+
     def _is_outside(self, inputs: Any) -> bool:
-        return not any(isinstance(leaf, Tensor) and leaf in self._known for leaf in pytree.tree_leaves(inputs))
+        return not any(tensor in self._known for tensor in tensors(inputs))
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Apply the rule of one executed call."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import same_buffers
+from lightning_prune.graph.tree import leaves
 
 __all__ = ["TOLERANCE", "compare_outputs", "compare_shapes", "masked_outputs", "masked_tensors"]
 
@@ -59,7 +59,7 @@ def compare_shapes(expected: Any, actual: Any) -> None:
     Raises:
         SurgeryError: They differ in structure or shape; the message says where.
     """
-    wanted, got = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
+    wanted, got = list(leaves(expected)), list(leaves(actual))
     if len(wanted) != len(got):
         raise SurgeryError(f"{len(got)} outputs after the removal, {len(wanted)} before")
     for number, (a, b) in enumerate(zip(wanted, got, strict=True)):
@@ -74,7 +74,7 @@ def compare_outputs(expected: Any, actual: Any) -> None:
         SurgeryError: They differ in structure, shape or value; the message says where and how much.
     """
     compare_shapes(expected, actual)
-    for number, (a, b) in enumerate(zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True)):
+    for number, (a, b) in enumerate(zip(leaves(expected), leaves(actual), strict=True)):
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue  # indices and counts jump where rounding differs
         finite = a.isfinite() & b.isfinite()

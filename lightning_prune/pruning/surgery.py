@@ -130,7 +130,7 @@ def shrink(
     change = Change()
     try:
         for path, module in modules.items():
-            _replace(path, module, replaced, (numbers or {}).get(path, {}), change)
+            _replace(path, module, replaced, None if numbers is None else numbers.get(path, {}), change)
         for path, module in modules.items():
             if isinstance(module, nn.MultiheadAttention):
                 _narrow(path, module, kept, change)
@@ -148,7 +148,7 @@ def _renumbered(index: Tensor, left: Sequence[int]) -> Tensor:
 
 
 def _replace(
-    path: str, module: nn.Module, replaced: Replaced, numbers: Mapping[str, Value], change: Change
+    path: str, module: nn.Module, replaced: Replaced, numbers: Mapping[str, Value] | None, change: Change
 ) -> None:
     """Put the smaller tensors into one module, and its sizes."""
     before = dict(module.__dict__)
@@ -168,8 +168,9 @@ def _replace(
             module.__dict__[key] = [replaced[id(item)][1] if id(item) in replaced else item for item in value]
     if touched and isinstance(module, nn.RNNBase):  # its list may hold what a functional call has put there
         module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
-    for attribute, value in numbers.items():
-        set_attribute(path, module, attribute, value, change)
+    if numbers and not isinstance(module, nn.MultiheadAttention):  # what this one holds follows from its weights
+        for attribute, value in numbers.items():
+            set_attribute(path, module, attribute, value, change)
     if touched or _is_parametrized(module, replaced):
         for attribute, value in layer_sizes(module, before, numbers).items():
             set_attribute(path, module, attribute, value, change)
@@ -247,13 +248,21 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def layer_sizes(module: nn.Module, before: Mapping[str, Any], numbers: Mapping[str, Value]) -> dict[str, Value]:
-    """What the size attributes of torch's own layers must be, given the shapes of their tensors."""
+def layer_sizes(
+    module: nn.Module, before: Mapping[str, Any], numbers: Mapping[str, Value] | None
+) -> dict[str, Value]:
+    """What the size attributes of torch's own layers must be, given the shapes of their tensors.
+
+    Args:
+        module: The layer, with its new tensors.
+        before: Its attributes before.
+        numbers: Those of them that shapes don't tell; None if only the shapes are known.
+    """
     weight: Any = _weight_of(module)
     if isinstance(module, nn.Linear):
         return {"in_features": weight.size(1), "out_features": weight.size(0)}
     if isinstance(module, nn.modules.conv._ConvNd):
-        groups = module.groups if "groups" in numbers else _groups_of(module, weight, before)
+        groups = module.groups if numbers is not None else _groups_of(module, weight, before)
         first, second = weight.size(0), weight.size(1) * groups
         if module.transposed:
             first, second = weight.size(1) * groups, weight.size(0)

@@ -114,7 +114,7 @@ def _try_zeros(call: Call, zeros: tuple[int, ...]) -> tuple[bool, bool]:
     """Whether the operation makes zeros, and numbers, where some of its inputs are zero."""
     numbers = iter(range(len(list(call.tensors()))))
 
-    def stand_in(leaf: Any) -> Any:
+    def stand_in(leaf: Any, zeros: tuple[int, ...] = zeros) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if next(numbers) in zeros:
@@ -125,7 +125,12 @@ def _try_zeros(call: Call, zeros: tuple[int, ...]) -> tuple[bool, bool]:
 
     args, kwargs = pytree.tree_map(stand_in, (call.args, call.kwargs))
     values = pytree.tree_leaves(call.func(*args, **kwargs))[0]
-    return not bool(values.any()), bool(values.isfinite().all())
+    finite = bool(values.isfinite().all())
+    if not finite:  # by itself, as masked_fill with minus infinity is?
+        numbers = iter(range(len(list(call.tensors()))))
+        args, kwargs = pytree.tree_map(lambda leaf: stand_in(leaf, ()), (call.args, call.kwargs))
+        finite = not bool(pytree.tree_leaves(call.func(*args, **kwargs))[0].isfinite().all())
+    return not bool(values.any()), finite
 
 
 def _is_real(tensor: Tensor) -> bool:

@@ -522,6 +522,9 @@ def index_put(call: Call) -> Dims:
     """Writes at tensors of indices: the dimensions that it writes along stay, those behind are common to both."""
     target, values = call.args[0], call.args[2]
     dims, own = list(call.dims(target)), call.dims(values)
+    mask = call.args[1][0]
+    if mask is not None and mask.shape == target.shape and values.numel() == 1:  # it is masked_fill
+        return tuple(map(call.book.fill, map(call.unify, dims, call.dims(mask))))
     written = [dim for dim, each in _indexed(call.args[1]) if each is not None]
     behind = written[-1] + 1
     if written != list(range(behind)):  # the written ones come first in the values then
