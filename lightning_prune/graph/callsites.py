@@ -114,6 +114,11 @@ class ModuleStack:
         """Path of the innermost running module ("" for the model itself or none)."""
         return next((path for path, _ in reversed(self._running) if path is not None), "")
 
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all running modules, outermost first."""
+        return [path for path, _ in self._running if path is not None]
+
     def site(self, function: str) -> CallSite | None:
         """Count a call in every running module; where in the innermost one it is (None: no module runs)."""
         site = None
@@ -297,6 +302,8 @@ class SizeChecker(TorchFunctionMode):
                 kind = SIZED_FUNCTIONS[name]
                 given = dict(enumerate(kind.read(args, kwargs)))
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
+                if kind.together and (wrong or len(given) != len(expected)):
+                    wrong = dict(expected)
                 if wrong:
                     self.wrong.setdefault(site, {}).update(wrong)
                     func, args, kwargs = kind.write(func, args, kwargs, wrong)

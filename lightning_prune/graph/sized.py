@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prune.graph.labels import Dims
+from lightning_prune.graph.labels import FIXED, Dims
 
 __all__ = ["COUNTED_AS", "SIZED_FUNCTIONS", "SizedFunction", "kind_of"]
 
@@ -34,6 +34,7 @@ class SizedFunction:
         extents: What each size counts: labels of the result or of part of the input, by place. None if the rule of
             the operation says so itself.
         picks: Whether the result may hold part of the input's indices, between bounds that are among the sizes.
+        together: Whether one wrong size means that all are written.
     """
 
     functions: tuple[Callable[..., Any], ...]
@@ -41,6 +42,7 @@ class SizedFunction:
     write: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Mapping[int, int]], Any]
     extents: Callable[[Callable[[Tensor], Dims], tuple[Any, ...], dict[str, Any], Any], dict[int, Tensor]] | None = None
     picks: bool = False
+    together: bool = False
 
 
 def _is_size(item: Any) -> bool:
@@ -148,17 +150,18 @@ def _pieces(kind: str, *functions: Callable[..., Any]) -> SizedFunction:
         return _points(args, kwargs) if kind == "points" else _piece_sizes(args, kwargs, kind == "chunks")
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
-        pieces = [sizes.get(at, size) for at, size in enumerate(read(args, kwargs))]
-        pieces += [sizes[at] for at in range(len(pieces), max(sizes) + 1)]
         dim = _argument(args, kwargs, 2, "dim", default=0)
-        return torch.split, (_input(args, kwargs), pieces, dim), {}
+        return torch.split, (_input(args, kwargs), [sizes[at] for at in range(len(sizes))], dim), {}
 
     def extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
         dim = _argument(args, kwargs, 2, "dim", default=0)
-        found = enumerate(dims(piece)[dim] if piece.dim() else None for piece in result)
-        return {at: labels for at, labels in found if labels is not None}
+        found = [dims(piece)[dim] for piece in result]
+        if all(labels is None for labels in found):
+            return {}
+        sized = ((labels, piece.size(dim)) for labels, piece in zip(found, result, strict=True))
+        return {at: torch.full((size,), FIXED) if labels is None else labels for at, (labels, size) in enumerate(sized)}
 
-    return SizedFunction(functions, read, write, extents, picks=True)
+    return SizedFunction(functions, read, write, extents, picks=True, together=True)
 
 
 # -- functions with bounds ---------------------------------------------------------------------------------------------

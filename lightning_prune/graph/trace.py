@@ -28,13 +28,14 @@ from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction
 from lightning_prune.graph.tree import tensors
 
-__all__ = ["AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
+__all__ = ["FLOP_FORMULAS", "AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
 
 _aten = torch.ops.aten
-_FLOPS = {  # torch has no formula for the attention that it runs on the CPU
+FLOP_FORMULAS = {  # torch has no formula for the attention that it runs on the CPU
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
 }
+"""FLOPs of an ATen call, twice its MACs, as `torch.utils.flop_counter` counts them."""
 _COLLECTIVES = ("c10d", "_c10d_functional")
 _NO_SIZES: frozenset[Any] = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
@@ -154,6 +155,11 @@ class Tracer:
         self.trace.parameters.update(name for name, _ in model.named_parameters())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._add_leaves(name, tensor)
+        self._rows = {
+            int(leaf.labels[0]): leaf.name
+            for leaf in self.trace.leaves
+            if leaf.rank == 1 and leaf.name not in self.trace.parameters
+        }
 
     def _add_leaves(self, name: str, tensor: Tensor) -> None:
         self.trace.shapes[name] = tuple(tensor.shape)
@@ -257,12 +263,13 @@ class Tracer:
         for tensor, dim in call.unmasked:
             if id(tensor) in self._names:
                 self.trace.unmasked.add((self._names[id(tensor)], dim))
-        for tensor, labels in call.constants:
-            name = self._names.get(id(tensor))
-            if name is None or name in self.trace.parameters or name in self.trace.constants:
+        for values, own, labels in call.constants:
+            name = self._buffer_of(own, values)
+            known = self.trace.constants.setdefault(name, labels) if name is not None else None
+            if known is None or len(known) != len(labels):
                 call.freeze(labels, "picks indices of")
             else:
-                self.trace.constants[name] = labels
+                self.trace.book.unify(known, labels, "")
         outs = [leaf for leaf in pytree.tree_leaves(call.out) if isinstance(leaf, Tensor)]
         all_dims = result if isinstance(result, list) else [] if result is None else [result]
         for at, tensor in enumerate(outs):
@@ -271,6 +278,14 @@ class Tracer:
                 self._known[tensor] = _Known(dims, static, tuple(call.mixes), call.sizes)
             elif tensor in self._known:  # written into
                 self._known[tensor] = _Known(dims, False)
+
+    def _buffer_of(self, labels: Tensor, values: Tensor) -> str | None:
+        """The buffer that an index tensor is, or shows."""
+        name = self._rows.get(int(labels[0]))
+        if name is None:
+            return None
+        buffer = self._model.get_buffer(name)
+        return name if torch.equal(buffer, values) else None
 
     def _dims_of(self, tensor: Tensor) -> Dims | None:
         known = self._known.get(tensor)
@@ -281,7 +296,7 @@ class Tracer:
         return known is not None and known.static
 
     def _count(self, call: Call) -> None:
-        count = _FLOPS.get(call.func.overloadpacket)
+        count = FLOP_FORMULAS.get(call.func.overloadpacket)
         if count is not None:
             macs = int(count(*call.args, **call.kwargs, out_val=call.out)) // 2
             self.trace.contractions.append(Contraction(call.path, macs, tuple(call.factors)))

@@ -6,27 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import TraceError
-from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.callsites import ModuleCall, ModuleStack
 from lightning_prune.graph.run import as_calls, run_calls, undisturbed
+from lightning_prune.graph.trace import FLOP_FORMULAS
 
 __all__ = ["Cost", "LayerCost", "cost_of_calls", "count_cost"]
-
-_TOTAL = "Global"
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    flops: int = sdpa_flop_count(query, key, value)
-    return flops
-
-
-# torch has no formula for the attention that it runs on the CPU
-_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -95,17 +83,16 @@ def count_cost(model: nn.Module, example_inputs: Any) -> Cost:
 
 def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
     """`count_cost` over several calls of the model or of its parts."""
-    flops: Counter[str] = Counter()
-    with undisturbed(model):
+    stack = ModuleStack(model)
+    counter = _MacCounter(stack)
+    with undisturbed(model), stack.watch(), counter:
         model.eval()
-        for call in calls:
-            flops += _flops_of_call(model, call)
-    names = dict(_names(model))
+        run_calls(model, calls)
     layers = {
         path: LayerCost(
             params=sum(p.numel() for p in module.parameters(recurse=False)),
             nonzero=sum(int(p.count_nonzero()) for p in module.parameters(recurse=False)),
-            macs=sum(flops[name] for name in names[path]) // 2,
+            macs=counter.macs[path],
             bytes=_bytes(module, recurse=False),
         )
         for path, module in _owners(model)
@@ -113,31 +100,37 @@ def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
         nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
-        macs=flops[_TOTAL] // 2,
+        macs=counter.total,
         bytes=_bytes(model, recurse=True),
         layers=layers,
     )
 
 
-def _flops_of_call(model: nn.Module, call: ModuleCall) -> Counter[str]:
-    """FLOPs by module path, of one call of the model or of a part; torch's counter names all by the class called."""
-    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
-    with counter:
-        run_calls(model, [call])
-    called = type(model.get_submodule(call.path)).__name__
-    found: Counter[str] = Counter()
-    for name, flops in counter.get_flop_counts().items():
-        path = name if name == _TOTAL else f"{call.path}{name.removeprefix(called)}".removeprefix(".")
-        found[path] += sum(flops.values())
-    return found
+class _MacCounter(TorchDispatchMode):
+    """Adds the MACs of each call to every module that is running; torch's own counter needs gradients to know which."""
 
+    def __init__(self, stack: ModuleStack) -> None:
+        super().__init__()
+        self.stack = stack
+        self.total = 0
+        self.macs: Counter[str] = Counter()
 
-def _names(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """The first path of each module that owns parameters, and all of its paths."""
-    names: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(path)
-    return [(path, names[module]) for path, module in _owners(model)]
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula = FLOP_FORMULAS.get(func._overloadpacket)
+        if formula is None and func.namespace == "aten":
+            with self:  # in inference mode composite operations arrive whole
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        out = func(*args, **kwargs)
+        if formula is not None:
+            macs = int(formula(*args, **kwargs, out_val=out)) // 2
+            self.total += macs
+            self.macs.update(dict.fromkeys(self.stack.paths, macs))
+        return out
 
 
 def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -487,22 +487,21 @@ def index(call: Call) -> Dims:
     for dim in places:
         labels, each = dims[dim], given[dim]
         if each is not None:
-            _follow_index(call, labels, each, picked, alone=len(places) == 1)
+            _follow_index(call, labels, each, call.dims(each), picked, alone=len(places) == 1)
     return (*rest[:front], *picked, *rest[front:])
 
 
 def _follow_index(
-    call: Call, labels: Tensor | None, each: Tensor, picked: list[Tensor | None], *, alone: bool
+    call: Call, labels: Tensor | None, each: Tensor, own: Dims, picked: list[Tensor | None], *, alone: bool
 ) -> None:
     """Picking along one dimension: only a buffer of numbers can be made to count anew."""
-    own = call.dims(each)
-    if labels is None or not alone or each.dim() != 1 or each.numel() < 2 or own[0] is None or not call.static(each):
+    if labels is None or not alone or each.dim() != 1 or own[0] is None or not call.static(each):
         call.freeze(labels, "picks indices of")
         for other in own:
             call.freeze(other, "picks with it")
         return
     picked[0] = call.book.unify(labels[each.cpu()], own[0], "")
-    call.constants.append((each, labels))
+    call.constants.append((each, own[0], labels))
 
 
 def _mask(call: Call, dims: Dims, given: Sequence[Tensor | None]) -> Dims:
@@ -553,6 +552,8 @@ def write_along(call: Call) -> Dims:
     """Adds, copies or fills at places along one dimension, which stays; the others are common to all."""
     target, dim, places, source = call.args[0], call.args[1], call.args[2], call.args[3]
     dims = list(call.dims(target))
+    if _writes_constants(call, dims[dim]):
+        return tuple(dims)
     for at, labels in enumerate(dims):
         if at == dim % len(dims):
             call.freeze(labels, "writes at indices of")
@@ -569,6 +570,24 @@ def write_along(call: Call) -> Dims:
     return tuple(dims)
 
 
+def _writes_constants(call: Call, labels: Tensor | None) -> bool:
+    """Rows put in the places that a buffer names: it can be made to count anew."""
+    target, dim, places, source = call.args[:4]
+    own = call.dims(places)
+    if labels is None or not isinstance(source, Tensor) or source.dim() != target.dim() or places.dim() != 1:
+        return False
+    read = call.dims(source)
+    if own[0] is None or read[dim] is None or not call.static(places):
+        return False
+    call.unify(own[0], read[dim])
+    call.unify(labels[places.cpu()], read[dim])
+    call.constants.append((places, own[0], labels))
+    for at, other in enumerate(call.dims(target)):
+        if at != dim % target.dim():
+            call.unify(other, read[at])
+    return True
+
+
 aten_family(write_along, ["index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_",
                           "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
                           "index_reduce", "index_reduce_"])  # fmt: skip
@@ -580,7 +599,7 @@ def index_select(call: Call) -> Dims:
     dims = list(call.dims(call.args[0]))
     dim = call.args[1] % len(dims)
     picked: list[Tensor | None] = [None]
-    _follow_index(call, dims[dim], call.args[2], picked, alone=True)
+    _follow_index(call, dims[dim], call.args[2], call.dims(call.args[2]), picked, alone=True)
     dims[dim] = picked[0]
     return tuple(dims)
 
@@ -594,9 +613,11 @@ def gather(call: Call) -> Dims:
     dims, own = list(call.dims(source)), call.dims(places)
     for at, labels in enumerate(dims):
         if at == dim % len(dims):
-            call.freeze(labels, "picks indices of")
-            call.freeze(own[at], "picks with it")
-            dims[at] = None
+            picked: list[Tensor | None] = [None]
+            row = _row(places, at)
+            same = row is not None
+            _follow_index(call, labels, places if row is None else row, (own[at],), picked, alone=same)
+            dims[at] = picked[0]
         elif places.size(at) == source.size(at):
             dims[at] = call.unify(labels, own[at])
         else:
@@ -604,6 +625,12 @@ def gather(call: Call) -> Dims:
             call.freeze(own[at], PICKS_PART)
             dims[at] = None
     return tuple(dims)
+
+
+def _row(places: Tensor, dim: int) -> Tensor | None:
+    """The indices along a dimension, if they are the same wherever in the others."""
+    row = places[tuple(slice(None) if at == dim else slice(0, 1) for at in range(places.dim()))]
+    return row.flatten() if torch.equal(row.expand_as(places), places) else None
 
 
 def along_one(call: Call) -> list[Dims]:

@@ -33,7 +33,7 @@ class Call:
         factors: Takes the dimensions that the cost of the call is linear in.
         mixes: Takes what the call mixes; it counts only if the result is used.
         sizes: Takes the labels that an integer argument counts, by its place among the integers of the call.
-        constants: Takes index tensors and the labels of the dimension that they count along.
+        constants: Takes index tensors, their own labels and those of the dimension that they count along.
         unmasked: Takes tensors, with a dimension, that a masked model must leave as they are.
     """
 
@@ -49,7 +49,7 @@ class Call:
     factors: list[Tensor] = field(default_factory=list)
     mixes: list[tuple[Tensor, str]] = field(default_factory=list)
     sizes: dict[int, Tensor] = field(default_factory=dict)
-    constants: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    constants: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     unmasked: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def __str__(self) -> str:
