@@ -120,8 +120,8 @@ cspresnet50 davit_tiny deit3_small_patch16_224 deit_tiny_distilled_patch16_224 d
 eca_halonext26ts edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientnet_es
 efficientvim_m1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim eva02_tiny_patch14_224 fasternet_t0 fastvit_t8
 fbnetc_100 flexivit_small focalnet_tiny_srf gcvit_xxtiny gernet_s ghostnet_050 ghostnetv2_100 ghostnetv3_050
-gmixer_12_224 gmlp_ti16_224 hardcorenas_a hgnet_tiny hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t
-inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lambda_resnet26t lcnet_050 lcnetv2_small
+gmixer_12_224 gmlp_ti16_224 hardcorenas_a hgnet_tiny hgnetv2_b0 hiera_tiny_224 hieradet_small hrnet_w18_small
+iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lambda_resnet26t lcnet_050 lcnetv2_small
 legacy_seresnet18 legacy_seresnext26_32x4d legacy_xception levit_128s levit_conv_128s lowformer_b0 mambaout_femto
 maxvit_pico_rw_256 mixer_s16_224 mixnet_s mnasnet_small mobilenetv1_100 mobilenetv2_035 mobilenetv3_small_050
 mobilenetv4_conv_small mobilenetv4_hybrid_medium mobilenetv5_base mobileone_s0 mobilevit_xxs mobilevitv2_050
@@ -139,7 +139,6 @@ _TIMM_LARGE = {  # where the smallest is large: options that make it smaller
     "gemma4_vit_167m": {"img_size": 192, "depth": 4},
     "naflexvit_base_patch16_gap": {"img_size": 224, "depth": 4},
     "qwen3_vit_88m": {"img_size": 192, "depth": 4},
-    "sam2_hiera_tiny": {"img_size": 224},
 }
 
 

@@ -367,7 +367,97 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Net(lambda n, x: n.b(n.a(x)), a=nn.Linear(4, 6), b=nn.Linear(6, 2), never=nn.Linear(6, 6)), (4,)),
 }  # fmt: skip
 
-CASES = CONVOLUTIONS | LINEARS | NORMS | POOLS | SHAPES | GRAPHS
+class Wide(nn.Module):
+    """Sizes held as attributes, also in a tuple; one that the forward calculates with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.shape, self.rank = 8, (3, 3), 6
+        self.conv = nn.Conv2d(3, self.width, 3)
+        self.fc = nn.Linear(self.width * 9, self.rank)
+        self.out = nn.Linear(self.rank, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).sigmoid().view(-1, self.width, *self.shape).flatten(1)
+        return self.out(self.fc(x).tanh().view(-1, self.rank) / self.rank**0.5)
+
+
+class Heads(nn.Module):
+    """Attention written by hand: heads beside each other in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 4, 3
+        self.qkv, self.proj = nn.Linear(5, 36), nn.Linear(12, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), -1, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+        h = (q @ k.transpose(2, 3) / self.dim**0.5).softmax(-1) @ v
+        return self.out(self.proj(h.transpose(1, 2).reshape(len(x), -1, self.heads * self.dim)).tanh())
+
+
+class Torch(nn.Module):
+    """torch's own attention, between layers that can be pruned too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.attention = nn.Linear(5, 12), nn.MultiheadAttention(12, 4, batch_first=True)
+        self.out = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        return self.out(self.attention(h, h, h, need_weights=False)[0])
+
+
+def cut(net: Any, x: Tensor) -> Tensor:
+    """Pieces of a dimension, by their sizes, by their number and by bounds."""
+    a, b = net.a(x).tanh().split([4, 8], 1)
+    c, d = net.b(torch.cat([b, b[:, :3]], 1)).chunk(2, 1)
+    return net.c(a) + net.d(c * d.sigmoid())
+
+
+SIZED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "attributes": (Wide, IMAGE),
+    "heads": (Heads, (4, 5)),
+    "attention": (Torch, (4, 5)),
+    "grouped": (
+        sequential(nn.Conv2d(3, 12, 3), nn.Tanh(), nn.Conv2d(12, 18, 2, groups=6), nn.Tanh(), nn.Conv2d(18, 2, 1)), IMAGE),
+    "grouped_transposed": (
+        sequential(nn.Conv2d(3, 12, 3), nn.Tanh(), nn.ConvTranspose2d(12, 18, 2, groups=6), nn.Tanh(),
+                   nn.Conv2d(18, 2, 1)), IMAGE),
+    "group_norm": (norm_case(nn.GroupNorm(4, 8)), IMAGE),
+    "cut": (
+        lambda: Net(cut, a=nn.Conv2d(3, 12, 3), b=nn.Conv2d(11, 8, 1), c=nn.Conv2d(4, 2, 1), d=nn.Conv2d(4, 2, 1)),
+        IMAGE),
+    "stack": (
+        lambda: Net(lambda n, x: n.c(torch.stack([n.a(x), n.b(x)], 1).prod(1)), a=nn.Conv2d(3, 8, 3),
+                    b=nn.Conv2d(3, 8, 3), c=nn.Conv2d(8, 2, 1)), IMAGE),
+    "repeat": (
+        lambda: Net(lambda n, x: n.b(n.a(x).repeat(1, 2, 1, 1)), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(16, 2, 1)), IMAGE),
+    "unflatten": (
+        lambda: Net(lambda n, x: n.b(n.a(x).unflatten(1, (6, 3)).sin().flatten(1, 2)), a=nn.Conv2d(3, 18, 3),
+                    b=nn.Conv2d(18, 2, 1)), IMAGE),
+    "shuffle": (
+        sequential(nn.Conv2d(3, 12, 3), nn.ChannelShuffle(6), nn.Tanh(), nn.Conv2d(12, 2, 1)), IMAGE),
+    "glu": (sequential(nn.Conv2d(3, 8, 3), nn.GLU(1), nn.Conv2d(4, 6, 1), nn.Tanh(), nn.Conv2d(6, 2, 1)), IMAGE),
+    "picked": (
+        lambda: Net(lambda n, x: n.b(n.a(x)[:, n.order].sigmoid()), buffers={"order": torch.tensor([7, 0, 3, 3, 5, 1])},
+                    a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(6, 2, 1)), IMAGE),
+    "lstm": (
+        lambda: Net(lambda n, x: n.b(n.a(x)[0]), a=nn.LSTM(5, 6, 2, batch_first=True), b=nn.Linear(6, 2)), (4, 5)),
+    "gru": (
+        lambda: Net(lambda n, x: n.b(n.a(x)[0]), a=nn.GRU(5, 6, batch_first=True, bidirectional=True),
+                    b=nn.Linear(12, 2)), (4, 5)),
+    "zeros": (
+        lambda: Net(lambda n, x: n.b(n.a(x) + torch.zeros(len(x), 8, 3, 3).to(x)), a=nn.Conv2d(3, 8, 3),
+                    b=nn.Conv2d(8, 2, 1)), IMAGE),
+    "padded": (
+        lambda: Net(lambda n, x: n.c(n.b(x) + F.pad(n.a(x), (0, 0, 0, 0, 0, 3))), a=nn.Conv2d(3, 5, 3),
+                    b=nn.Conv2d(3, 8, 3), c=nn.Conv2d(8, 2, 1)), IMAGE),
+}  # fmt: skip
+
+CASES = CONVOLUTIONS | LINEARS | NORMS | POOLS | SHAPES | GRAPHS | SIZED
 
 MODULE_ACTIVATIONS: list[nn.Module] = [
     nn.ReLU(), nn.ReLU(True), nn.ReLU6(), nn.LeakyReLU(0.1), nn.ELU(), nn.CELU(), nn.SELU(), nn.GELU(),
@@ -423,26 +513,33 @@ def build_case(name: str) -> tuple[nn.Module, Tensor]:
     return build(maker), inputs(shape)
 
 
-def complement(size: int, index: Sequence[int]) -> list[int]:
-    return sorted(set(range(size)) - set(index))
+def complement(size: int, index: Sequence[int] | Tensor) -> list[int]:
+    return sorted(set(range(size)) - set(map(int, index)))
+
+
+def as_lists(kept: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[int, list[int]]]:
+    """What is kept, as `Plan.kept` has it."""
+    return {name: {dim: list(map(int, index)) for dim, index in dims.items()} for name, dims in kept.items()}
 
 
 @torch.no_grad()
-def masked_twin(dense: nn.Module, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> nn.Module:
-    """A copy of the dense network in which everything that was not kept is zero."""
+def masked_twin(dense: nn.Module, kept: Mapping[str, Mapping[int, Sequence[int] | Tensor]]) -> nn.Module:
+    """A copy of the dense network in which everything that was not kept is zero; indices stay what they are."""
     twin = copy.deepcopy(dense)
     tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
     for name, dims in kept.items():
         for dim, index in dims.items():
+            if not tensors[name].is_floating_point():
+                continue
             for gone in complement(tensors[name].size(dim), index):
                 tensors[name].select(dim, gone).zero_()
     return twin
 
 
-def sliced(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
+def sliced(tensor: Tensor, dims: Mapping[int, Sequence[int] | Tensor]) -> Tensor:
     """What is left of a tensor."""
     for dim, index in dims.items():
-        tensor = torch.stack([tensor.select(dim, i) for i in index], dim)
+        tensor = torch.stack([tensor.select(dim, int(i)) for i in index], dim)
     return tensor
 
 

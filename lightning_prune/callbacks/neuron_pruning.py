@@ -226,9 +226,10 @@ class NeuronPruning(PruningCallback):
             alive: Tensor = trainer.strategy.broadcast(self._select(groups, self._pick(groups), scores, amount))
             return alive
 
-        plan, self.groups_ = remove_chosen(
+        plan, groups, alive = remove_chosen(
             pl_module, self.groups_, choose, optimizers=trainer.optimizers, verify=self.verify
         )
+        self.groups_ = groups.without(alive) if plan else groups
         if not plan:
             return
         self._macs = self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))

@@ -254,8 +254,10 @@ class Groups(Sequence[Group]):
     def sizes(self, alive: Tensor) -> dict[CallSite, dict[int, int]]:
         """The size that each sized call is to ask for, per dimension, when only ``alive`` neurons stay."""
         result: dict[CallSite, dict[int, int]] = {}
+        sites = {site for (site, _), extent in self.sized.items() if not extent.fixed}
         for (site, dim), extent in self.sized.items():
-            result.setdefault(site, {})[dim] = len(extent.kept(alive))
+            if site in sites:
+                result.setdefault(site, {})[dim] = len(extent.kept(alive))
         return result
 
     def macs(self, alive: Tensor) -> float:

@@ -49,14 +49,24 @@ def neuron_l1(groups: Groups, parameters: Mapping[str, Tensor]) -> Tensor:
     return scores
 
 
+CHUNK = 1 << 21
+"""Elements whose magnitudes are held at a time: a copy of a large weight costs more than reading it."""
+
+
 def _norms(weight: Tensor, dims: list[int]) -> list[Tensor]:
-    """L1 norm of each slice along each of some dimensions, float64; the rest is summed up once for all of them."""
-    weight = weight.abs() if weight.is_complex() else weight
-    accumulate = torch.promote_types(weight.dtype, torch.float32)
-    others = [dim for dim in range(weight.dim()) if dim not in dims]
-    sums = torch.linalg.vector_norm(weight, 1, others, dtype=accumulate) if others else weight.abs()
-    sums = sums.double().cpu()
-    return [sums.sum([d for d in range(sums.dim()) if d != at]) if sums.dim() > 1 else sums for at in range(len(dims))]
+    """L1 norm of each slice along each of some dimensions, float64."""
+    rows = max(CHUNK * weight.size(0) // weight.numel(), 1) if weight.numel() else 1
+    found: list[list[Tensor]] = [[] for _ in dims]
+    for part in weight.split(rows):
+        sizes = part.abs()
+        if sizes.dtype not in (torch.float32, torch.float64):
+            sizes = sizes.float()
+        others = [dim for dim in range(sizes.dim()) if dim not in dims]
+        sizes = sizes.sum(others) if others else sizes
+        for norms, at in zip(found, range(len(dims)), strict=True):
+            rest = [dim for dim in range(sizes.dim()) if dim != at]
+            norms.append((sizes.sum(rest) if rest else sizes).double().cpu())
+    return [torch.cat(norms) if dim == 0 else sum(norms[1:], norms[0]) for dim, norms in zip(dims, found, strict=True)]
 
 
 def weight_l1(weight: Tensor) -> Tensor:

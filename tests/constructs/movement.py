@@ -271,7 +271,7 @@ for name, op, order, persistent in (
     ("permutation_inverse", lambda x, perm: torch.tanh(x[:, perm])[:, perm.argsort()], ORDER, True),
     ("gather_channels", lambda x, perm: x.gather(1, perm.view(1, -1, 1, 1).expand(len(x), -1, 6, 6)), ORDER, True),
     ("take_along_channels", lambda x, perm: x.take_along_dim(perm.view(1, -1, 1, 1), 1), ORDER, True),
-    ("index_add_channels", lambda x, perm: torch.zeros_like(x).index_add(1, perm, x), ORDER, True),
+    ("index_add_channels", lambda x, perm: torch.zeros_like(x).index_add(1, perm, x), [1, 0, 3, 2, 5, 4, 7, 6], True),
 ):
     construct(name, lambda op=op, order=order, persistent=persistent: Rearranged(op, order, persistent), SMALL)
 

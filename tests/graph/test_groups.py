@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from networks import (
     Auxiliary,
     Net,
     Tied,
+    as_lists,
     assert_same_outputs,
     build,
     build_case,
@@ -25,14 +26,26 @@ from networks import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune import PruningError, count_cost, find_groups, prune_neurons
-from lightning_prune.graph.groups import Group, Groups
+from lightning_prune import Plan, PruningError, count_cost, find_groups, prune_neurons
+from lightning_prune.graph.callsites import CallSite
+from lightning_prune.graph.groups import Extent, Group, Groups
 from lightning_prune.pruning.neurons import remove_neurons
 
 
 def describe(group: Group) -> tuple[Any, ...]:
     slices = sorted((s.name, s.dim, s.role, s.index.tolist()) for s in group.slices)
     return group.name, group.size, group.frozen, group.mixing, slices
+
+
+def as_units(table: Mapping[Any, Extent]) -> dict[Any, list[int]]:
+    """The neurons along dimensions."""
+    return {key: extent.unit_of.tolist() for key, extent in table.items()}
+
+
+def written(sizes: Mapping[CallSite, Mapping[int, Any]], model: nn.Module) -> dict[tuple[CallSite, int], Any]:
+    """Sizes by place. One of nothing counts nothing; the calls of attention follow from its weights."""
+    own = {path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    return {(site, dim): n for site, dims in sizes.items() for dim, n in dims.items() if n and site.module not in own}
 
 
 def random_alive(groups: Groups, seed: int, least: int = 2) -> Tensor:
@@ -45,19 +58,21 @@ def random_alive(groups: Groups, seed: int, least: int = 2) -> Tensor:
     return alive
 
 
-def assert_same_groups(ours: Groups, fresh: Groups) -> None:
+def assert_same_groups(ours: Groups, fresh: Groups, model: nn.Module) -> None:
     """Everything that a new trace finds in the pruned model, the old groups tell without one."""
     assert [describe(g) for g in ours.prunable] == [describe(g) for g in fresh.prunable]
     assert sorted(map(describe, ours.frozen)) == sorted(map(describe, fresh.frozen))
     assert ours.shapes == fresh.shapes
     assert ours.parameters == fresh.parameters
-    for table, other in ((ours.extents, fresh.extents), (ours.sized, fresh.sized)):
-        assert {k: e.unit_of.tolist() for k, e in table.items()} == {k: e.unit_of.tolist() for k, e in other.items()}
+    for table, other in ((ours.extents, fresh.extents), (ours.constants, fresh.constants)):
+        assert as_units(table) == as_units(other)
     for alive in (torch.ones(fresh.neurons, dtype=torch.bool), random_alive(fresh, 1, 1)):
         assert ours.macs(alive) == fresh.macs(alive)
         assert ours.params(alive) == fresh.params(alive)
-        assert ours.kept(alive) == fresh.kept(alive)
-        assert ours.sizes(alive) == fresh.sizes(alive)
+        assert as_lists(ours.kept(alive)) == as_lists(fresh.kept(alive))
+        assert written(ours.sizes(alive), model) == written(fresh.sizes(alive), model)
+        assert ours.numbers(alive) == fresh.numbers(alive)
+        assert ours.counts(alive) == fresh.counts(alive)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -69,7 +84,7 @@ def test_groups_after_a_removal_are_those_that_a_new_trace_finds(name: str, seed
         alive = random_alive(groups, 10 * seed + number)
         remove_neurons(model, groups, alive)
         groups = groups.without(alive)
-        assert_same_groups(groups, find_groups(model, x))
+        assert_same_groups(groups, find_groups(model, x), model)
 
 
 @given(networks(), st.integers(0, 10**6))
@@ -79,7 +94,7 @@ def test_the_same_for_random_networks(drawn: tuple[nn.Module, tuple[int, ...]], 
     groups = find_groups(model, x)
     alive = random_alive(groups, seed)
     remove_neurons(model, groups, alive)
-    assert_same_groups(groups.without(alive), find_groups(model, x))
+    assert_same_groups(groups.without(alive), find_groups(model, x), model)
 
 
 @cases(CASES)
@@ -96,7 +111,7 @@ def test_costs_are_those_that_the_pruned_model_has(name: str) -> None:
 
 def test_costs_include_parameters_and_operations_that_cannot_be_pruned() -> None:
     def run(net: Any, x: Tensor) -> Tensor:
-        h = net.b(net.act(net.a(x)))
+        h = net.b(net.act(net.a(x))) * torch.arange(8.0).to(x)
         return net.c(torch.baddbmm(h[:, None], h[:, None], net.w.expand(len(x), 8, 8)).squeeze(1)) * net.scale
 
     layers = {"a": nn.Linear(3, 6), "act": nn.PReLU(), "b": nn.Linear(6, 8), "c": nn.Linear(8, 1)}
@@ -107,7 +122,7 @@ def test_costs_include_parameters_and_operations_that_cannot_be_pruned() -> None
     assert [group.name for group in groups.prunable] == ["a"]
     assert groups.params(everything) == n_params(model) == 18 + 6 + 1 + 48 + 8 + 8 + 1 + 64 + 1
     assert groups.macs(everything) == count_cost(model, x).macs == 2 * (18 + 48 + 64 + 8)
-    assert_same_groups(groups.without(everything), groups)
+    assert_same_groups(groups.without(everything), groups, model)
 
 
 def rows(index: Tensor) -> list[list[int]]:
@@ -191,42 +206,135 @@ def test_padding_that_is_taken_off_again_leaves_no_trace() -> None:
     assert_same_outputs(model, masked_twin(dense, plan.kept), inputs(IMAGE))
 
 
+# What can be followed goes, whatever the way
+
+
+def between(function: Callable[[Tensor], Tensor], channels: int = 8) -> tuple[nn.Module, Tensor]:
+    """A function of the channels of one convolution, which another reads; a third layer can be pruned in any case."""
+    layers = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(channels, 6, 1), "c": nn.Conv2d(6, 2, 1)}
+    return build(lambda: Net(lambda n, x: n.c(n.b(function(n.a(x).tanh())).relu()), **layers)), inputs(IMAGE)
+
+
+FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "fft_over_space": (lambda x: torch.fft.fft(x, dim=2).real, 8),
+    "cumsum": (lambda x: x.cumsum(1), 8),
+    "sort_over_space": (lambda x: x.sort(2).values, 8),
+    "gather_over_space": (lambda x: x.gather(2, torch.zeros_like(x, dtype=torch.int64)), 8),
+    "group_norm": (lambda x: F.group_norm(x, 4), 4),
+    "instance_norm": (lambda x: F.group_norm(x, 8), 8),
+    "unflatten": (lambda x: x.unflatten(1, (2, 4)).flatten(1, 2), 2),
+    "shuffle": (lambda x: x.view(-1, 2, 4, 3, 3).transpose(1, 2).reshape(x.shape), 2),
+    "channel_shuffle": (lambda x: F.channel_shuffle(x, 2), 2),
+    "pixel_shuffle": (lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2), 2),
+    "halves": (lambda x: torch.cat([h * 2 for h in x.chunk(2, 1)], 1), 8),
+    "split": (lambda x: torch.cat(x.split([3, 5], 1), 1), 8),
+    "slices": (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), 8),
+    "narrow": (lambda x: torch.cat([x.narrow(1, 3, 5), x.narrow(1, 0, 3)], 1), 8),
+    "even_and_odd": (lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1), 4),
+    "roll": (lambda x: x.roll(3, 1), 8),
+    "grouped": (lambda x: F.conv2d(x, torch.ones(8, 4, 1, 1).to(x), groups=2), 2),
+    "one_kernel_over_space": (lambda x: F.conv2d(x.mT, torch.ones(8, 1, 3, 1).to(x), groups=8, padding=(1, 0)).mT, 8),
+    "interpolate": (lambda x: F.interpolate(x, scale_factor=2), 8),
+    "as_strided": (lambda x: x.as_strided(x.shape, x.stride()), 8),
+    "glu": (lambda x: F.glu(torch.cat([x, x], 1), 1), 8),
+    "stack": (lambda x: torch.stack([x, x.sin()], 2).sum(2), 8),
+    "repeat": (lambda x: x.repeat(1, 2, 1, 1).view(-1, 2, 8, 3, 3).sum(1), 8),
+    "windows_of_space": (lambda x: x.unfold(2, 2, 1).sum(-1), 8),
+    "diagonal_of_space": (lambda x: x.diagonal(0, 2, 3)[..., None], 8),
+    "norm": (lambda x: x / x.norm(dim=1, keepdim=True), 8),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_can_be_followed_is_pruned_and_equals_masking(name: str) -> None:
+    function, neurons = FOLLOWED[name]
+    model, x = between(function)
+    assert [(g.name, g.size, g.exact) for g in find_groups(model, x).prunable] == [("a", neurons, True), ("b", 6, True)]
+    dense, plan, left = copy.deepcopy(model), Plan({}, {}), 8
+    for _ in range(2):
+        plan = plan.then(prune_neurons(model, x, 0.4, scope="layer"))
+        left, before = model.a.out_channels, left
+        assert left < before or neurons < 4  # of two one is left after the first step
+    assert not plan.approximate
+    assert model.a.out_channels < 8
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs(IMAGE, 3), modes=("train",))
+
+
+def test_one_picked_channel_stays_and_the_others_go() -> None:
+    for pick in (lambda x: x.select(1, 2)[:, None], lambda x: x[:, 2:3], lambda x: x[:, 2, None]):
+        model, x = between(lambda x, pick=pick: x * pick(x))
+        groups = find_groups(model, x)
+        assert [(g.name, g.size) for g in groups.prunable] == [("a", 7), ("b", 6)]
+        assert next(s for s in groups[0].slices if s.name == "a.bias").index.flatten().tolist() == [0, 1, 3, 4, 5, 6, 7]
+        dense = copy.deepcopy(model)
+        plan = prune_neurons(model, x, 0.8)
+        assert 2 in plan.kept["a.bias"][0]
+        assert len(plan.kept["a.bias"][0]) < 4
+        assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs(IMAGE, 3))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("layer", ["lstm", "gru", "rnn", "embedding", "bag", "bilinear"])
+def test_layers_of_other_kinds_are_pruned_and_equal_masking(layer: str, context: Any) -> None:
+    kind: nn.Module = {
+        "lstm": nn.LSTM(3, 8, 2, batch_first=True, bidirectional=True),
+        "gru": nn.GRU(3, 8, batch_first=True),
+        "rnn": nn.RNN(3, 8, batch_first=True),
+        "embedding": nn.Embedding(9, 8),
+        "bag": nn.EmbeddingBag(9, 8),
+        "bilinear": nn.Bilinear(3, 3, 8),
+    }[layer]
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        h = net.a(x, x) if layer == "bilinear" else net.a(x)
+        return net.b(h[0] if isinstance(h, tuple) else h)
+
+    model = build(lambda: Net(run, a=kind, b=nn.Linear(16 if layer == "lstm" else 8, 2)))
+    x = torch.arange(8).view(2, 4) if layer in ("embedding", "bag") else inputs((4, 3))
+    dense = copy.deepcopy(model)
+    with context():
+        groups = find_groups(model, x)
+        plan = prune_neurons(model, x, 0.5)
+    assert groups.neurons == (32 if layer == "lstm" else 8)
+    assert all(group.exact for group in groups.prunable)
+    assert model.b.in_features == (8 if layer == "lstm" else 4)
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, x.flip(0)[:1], modes=("train",))
+
+
 # What can't be followed stays, and says why
 
 KEEPS_CHANNELS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "fft": (lambda x: torch.fft.fft(x, dim=1).real, "no rule for aten._fft_r2c"),
-    "cumsum": (lambda x: x.cumsum(1), "no rule for aten.cumsum"),
-    "sort": (lambda x: x.sort(1).values, "no rule for aten.sort"),
-    "topk": (lambda x: x.topk(8, 1).values, "no rule for aten.topk"),
-    "index_select": (lambda x: x.index_select(1, torch.arange(8)), "no rule for aten.index_select"),
-    "advanced_indexing": (lambda x: x[:, torch.arange(8)], "no rule for aten.index"),
-    "gather": (lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "no rule for aten.gather"),
-    "group_norm": (lambda x: F.group_norm(x, 4), "no rule for aten.native_group_norm"),
-    "unflatten": (lambda x: x.unflatten(1, (2, 4)).flatten(1, 2), "splits a prunable dimension in two"),
-    "shuffle": (lambda x: x.view(-1, 2, 4, 3, 3).transpose(1, 2).reshape(x.shape), "splits a prunable dimension"),
-    "halves": (lambda x: torch.cat([h * 2 for h in x.chunk(2, 1)], 1), "picks part of a prunable dimension"),
-    "split": (lambda x: torch.cat(x.split([3, 5], 1), 1), "picks part of a prunable dimension"),
-    "even_and_odd": (lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1), "picks part of a prunable dimension"),
+    "fft": (lambda x: torch.fft.fft(x, dim=1).real, "transforms it"),
+    "sort": (lambda x: x.sort(1).values, "orders or searches"),
+    "topk": (lambda x: x.topk(8, 1).values, "orders or searches"),
+    "cummax": (lambda x: x.cummax(1).values, "orders or searches"),
+    "argmax": (lambda x: x + x.argmax(1, keepdim=True), "orders or searches"),
+    "index_by_list": (lambda x: x[:, [7, 6, 5, 4, 3, 2, 1, 0]], "picks indices of"),
+    "index_by_data": (lambda x: x[:, (x.sum((0, 2, 3)) > 0).long()], "picks indices of"),
+    "index_by_mask": (lambda x: x[:, torch.tensor([True] * 8)], "picks by a mask from"),
+    "write_at_list": (lambda x: x.clone().index_fill_(1, torch.tensor([1]), 0.0), "writes at indices of"),
+    "unique": (lambda x: x * x[0, :, 0, 0].unique().sum(), "makes a shape of values"),
     "unbind": (lambda x: torch.stack(x.unbind(1), 1), "picks one index of a prunable dimension"),
-    "grouped": (lambda x: F.conv2d(x, torch.ones(8, 4, 1, 1).to(x), groups=2), "grouped convolution has no rule"),
     "constant": (lambda x: x + torch.arange(8.0).to(x).view(-1, 1, 1), "meets a dimension of fixed size"),
     "channels_as_space": (lambda x: F.avg_pool2d(x.transpose(1, 3), (1, 1)).transpose(1, 3), "pools over it"),
     "convolved_as_space": (
-        lambda x: F.conv2d(x.transpose(1, 3), torch.ones(3, 3, 1, 1).to(x)).transpose(1, 3),
+        lambda x: F.conv2d(x.transpose(1, 3), torch.ones(3, 3, 1, 3).to(x), padding=(0, 1)).transpose(1, 3),
         "convolves over it",
     ),
-    "interpolate": (lambda x: F.interpolate(x, scale_factor=2), "no rule for aten."),
-    "as_strided": (lambda x: x.as_strided(x.shape, x.stride()), "reads memory under another shape"),
-    "glu": (lambda x: F.glu(torch.cat([x, x], 1), 1), "no rule for aten.glu"),
+    "padded_as_space": (
+        lambda x: F.pad(x.transpose(1, 3), (1, 1), mode="circular").transpose(1, 3)[:, 1:-1],
+        "picks part of a prunable dimension",
+    ),
+    "windows": (lambda x: x.unfold(1, 1, 1).squeeze(-1), "reads it in windows or along a diagonal"),
+    "as_strided": (lambda x: x.as_strided((2, 8, 9), (72, 9, 1)).view(2, 8, 3, 3), "reads memory under another shape"),
+    "svd": (lambda x: torch.linalg.svdvals(x)[..., None], "no rule for aten._linalg_svd"),
 }
 
 
 @pytest.mark.parametrize("name", KEEPS_CHANNELS)
 def test_what_cannot_be_followed_is_frozen_with_a_reason_and_the_rest_is_pruned_right(name: str) -> None:
     function, reason = KEEPS_CHANNELS[name]
-    layers = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 6, 1), "c": nn.Conv2d(6, 2, 1)}
-    model = build(lambda: Net(lambda n, x: n.c(n.b(function(n.a(x).tanh())).relu()), **layers))
-    x = inputs(IMAGE)
+    model, x = between(function)
     groups = find_groups(model, x)
     assert [g.name for g in groups.prunable] == ["b"]
     why = next(g.frozen or "" for g in groups.frozen if any(str(s) == "a.weight[0]" for s in g.slices))
@@ -235,7 +343,8 @@ def test_what_cannot_be_followed_is_frozen_with_a_reason_and_the_rest_is_pruned_
     dense = copy.deepcopy(model)
     plan = prune_neurons(model, x, 0.5)
     assert plan.frozen["a.weight[0]"] == why
-    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs(IMAGE, 3))
+    others = () if name == "as_strided" else (inputs(IMAGE, 3),)  # the batch is written in the call
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, *others)
 
 
 @torch.library.custom_op("lightning_prune_tests::swirl", mutates_args=())
@@ -250,22 +359,6 @@ def test_an_operation_of_someone_elses_is_frozen_and_named() -> None:
     assert [g.name for g in groups.prunable] == ["b"]
     assert "no rule for lightning_prune_tests.swirl.default" in str(groups)
     assert "(swirl in the model itself)" in str(groups)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 2)), "no rule for aten.embedding"),
-        (nn.Sequential(nn.LSTM(3, 8, batch_first=True)), ""),
-    ],
-    ids=["embedding", "lstm"],
-)
-def test_layers_without_a_rule_are_frozen(model: nn.Module, reason: str) -> None:
-    x = torch.zeros(2, 3, dtype=torch.int64) if isinstance(model[0], nn.Embedding) else torch.rand(2, 4, 3)
-    groups = find_groups(model, x)
-    assert not groups.prunable
-    assert reason in str(groups)
-    assert all(g.frozen for g in groups)
 
 
 def test_a_layer_whose_neurons_nobody_makes_is_frozen() -> None:

@@ -487,15 +487,15 @@ def index(call: Call) -> Dims:
     for dim in places:
         labels, each = dims[dim], given[dim]
         if each is not None:
-            _follow_index(call, labels, each, call.dims(each), picked, alone=len(places) == 1)
+            _follow_index(call, labels, each, call.dims(each), picked, constant=len(places) == 1 and call.static(each))
     return (*rest[:front], *picked, *rest[front:])
 
 
 def _follow_index(
-    call: Call, labels: Tensor | None, each: Tensor, own: Dims, picked: list[Tensor | None], *, alone: bool
+    call: Call, labels: Tensor | None, each: Tensor, own: Dims, picked: list[Tensor | None], *, constant: bool
 ) -> None:
     """Picking along one dimension: only a buffer of numbers can be made to count anew."""
-    if labels is None or not alone or each.dim() != 1 or own[0] is None or not call.static(each):
+    if labels is None or not constant or each.dim() != 1 or own[0] is None:
         call.freeze(labels, "picks indices of")
         for other in own:
             call.freeze(other, "picks with it")
@@ -599,7 +599,8 @@ def index_select(call: Call) -> Dims:
     dims = list(call.dims(call.args[0]))
     dim = call.args[1] % len(dims)
     picked: list[Tensor | None] = [None]
-    _follow_index(call, dims[dim], call.args[2], call.dims(call.args[2]), picked, alone=True)
+    places = call.args[2]
+    _follow_index(call, dims[dim], places, call.dims(places), picked, constant=call.static(places))
     dims[dim] = picked[0]
     return tuple(dims)
 
@@ -614,9 +615,8 @@ def gather(call: Call) -> Dims:
     for at, labels in enumerate(dims):
         if at == dim % len(dims):
             picked: list[Tensor | None] = [None]
-            row = _row(places, at)
-            same = row is not None
-            _follow_index(call, labels, places if row is None else row, (own[at],), picked, alone=same)
+            row = _row(places, at) if call.static(places) else None
+            _follow_index(call, labels, places if row is None else row, (own[at],), picked, constant=row is not None)
             dims[at] = picked[0]
         elif places.size(at) == source.size(at):
             dims[at] = call.unify(labels, own[at])
