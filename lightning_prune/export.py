@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
-from lightning_prune.pruning.surgery import fit_shapes, fits, named_tensors
+from lightning_prune.graph.run import named_tensors
+from lightning_prune.pruning.surgery import fit_shapes, fits
 
 __all__ = ["load_pruned", "save_pruned"]
 

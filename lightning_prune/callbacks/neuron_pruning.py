@@ -16,7 +16,7 @@ from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.groups import Groups, draw_groups
-from lightning_prune.graph.run import as_calls, traced
+from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
 from lightning_prune.pruning.neurons import check_prunable, check_round_to, remove_chosen
@@ -31,7 +31,7 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import fit_shapes, named_tensors
+from lightning_prune.pruning.surgery import fit_shapes
 from lightning_prune.report.run import batch_size
 
 __all__ = ["NeuronPruning"]

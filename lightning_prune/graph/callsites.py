@@ -39,6 +39,7 @@ __all__ = [
     "remove_patches",
 ]
 
+
 def in_backward() -> bool:
     """Whether gradients are flowing back right now: a checkpointed forward runs a second time then."""
     return torch._C._current_graph_task_id() != -1
@@ -91,6 +92,8 @@ class ModuleCall:
     kwargs: dict[str, Any]
     repeatable: bool = True
     """Whether its inputs come from outside the model, and so keep their shapes when the model is pruned."""
+    shapes: tuple[Any, ...] | None = None
+    """Shapes of the tensors that it gives in evaluation mode, where that is known."""
 
 
 @dataclass
@@ -313,7 +316,8 @@ class SizeChecker(TorchFunctionMode):
 class Attribute(int):
     """An integer that remembers which attribute of which module it was read from; arithmetic forgets it.
 
-    Used as a number, as in ``x / math.sqrt(self.head_dim)``, it says so: what a forward calculates with must not change.
+    Used as a number, as in ``x / math.sqrt(self.head_dim)``, it says so: what a forward calculates with must not
+    change.
     """
 
     module: str

@@ -160,6 +160,7 @@ class Groups(Sequence[Group]):
         numeric: Modules and their attributes that the forward calculates with.
         constants: Buffers that hold indices, and what they count along.
         unmasked: Dimensions that a masked model leaves as they are.
+        own: Parameters that no other module than the one that holds them has read.
         costs: MACs of each contraction, and the dimensions they are linear in.
         calls: The calls of the model, or of its parts, that were traced.
         data_dependent: Whether shapes depended on values.
@@ -175,6 +176,7 @@ class Groups(Sequence[Group]):
     numeric: frozenset[tuple[str, str]]
     constants: dict[str, Extent]
     unmasked: frozenset[tuple[str, int]]
+    own: frozenset[str]
     costs: tuple[tuple[int, tuple[Extent, ...]], ...]
     calls: tuple[ModuleCall, ...] = ()
     data_dependent: bool = False
@@ -353,9 +355,7 @@ class Groups(Sequence[Group]):
 
     def _moved(self, group: Group, alive: Tensor) -> Group:
         """A frozen group: its indices stay, but move up where others in the same dimension are gone."""
-        slices = tuple(
-            replace(s, places=s.places[self.extents[s.name, s.dim].kept(alive)]) for s in group.slices
-        )
+        slices = tuple(replace(s, places=s.places[self.extents[s.name, s.dim].kept(alive)]) for s in group.slices)
         return replace(group, slices=slices)
 
     def __str__(self) -> str:
@@ -444,7 +444,7 @@ def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Te
     Components are told apart by sums of random numbers, one for each leaf that they have an index in, one for
     each operation that mixes them: two different sets have the same sum once in 2^64 times.
     """
-    reasons = list(mixing for mixing in solution.mixed)
+    reasons = list(solution.mixed)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**62), 2**62, (len(roots) + len(reasons) + 1,), generator=generator)
     signature = torch.zeros(trace.book.count, dtype=torch.long)
@@ -508,6 +508,7 @@ def _assemble(
         numeric=frozenset(trace.numeric),
         constants={key: extent(labels) for key, labels in trace.constants.items()},
         unmasked=frozenset(trace.unmasked),
+        own=frozenset(name for name, paths in trace.readers.items() if paths == {name.rpartition(".")[0]}),
         costs=tuple((c.macs, tuple(map(extent, c.factors))) for c in trace.contractions),
         calls=tuple(trace.calls),
         data_dependent=trace.data_dependent,

@@ -203,7 +203,8 @@ class LabelBook:
         reasons: dict[str, int] = {}
         reason = torch.zeros(self.count, dtype=torch.long)
         facts = [(torch.tensor([FIXED]), "constant"), *self.frozen, *frozen]
-        for labels, text in sorted(reversed(facts), key=lambda fact: bool(fact[1])):  # the first real reason wins
+        real = [fact for fact in facts if fact[1]]
+        for labels, text in (*(fact for fact in facts if not fact[1]), *reversed(real)):  # the first real reason wins
             reason[root[labels.flatten()]] = reasons.setdefault(text, len(reasons)) + 1
         mixed: dict[str, list[Tensor]] = {}
         for labels, text in self.mixed:
@@ -249,9 +250,7 @@ class LabelBook:
                 boxes_of.setdefault(part, []).append(number)
         mixing = {choice[root[axis]][0].item() for axis in self._mixed_axes(root)}
         wishes = sorted(
-            (part in mixing, place, number)
-            for number, own in enumerate(parts)
-            for place, part in enumerate(own)
+            (part in mixing, place, number) for number, own in enumerate(parts) for place, part in enumerate(own)
         )
         taken: set[int] = set()
         for _, place, number in wishes:

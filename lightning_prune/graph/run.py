@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.graph.tree import tensors
 
-__all__ = ["as_calls", "run_calls", "same_buffers", "traced", "undisturbed"]
+__all__ = ["as_calls", "named_tensors", "run_calls", "same_buffers", "traced", "undisturbed"]
 
 
 def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
@@ -40,6 +41,14 @@ def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
     if not tensors((call.args, call.kwargs)):
         raise PruningError("example_inputs holds no tensor")
     return (call,)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each name of a shared one."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 @contextmanager
@@ -110,3 +119,6 @@ def _observe(tracer: Tracer, model: nn.Module, calls: Sequence[ModuleCall]) -> N
             f"{error}\nGive example_inputs that the model accepts."
         ) from error
     tracer.freeze_outputs(outputs, "reaches the model's output")
+    if not model.training and len(outputs) == len(tracer.trace.calls):
+        pairs = zip(tracer.trace.calls, outputs, strict=True)
+        tracer.trace.calls = [replace(call, shapes=tuple(t.shape for t in tensors(each))) for call, each in pairs]

@@ -6,7 +6,7 @@ hold numbers that a removal changes. One entry of the table per kind of function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_prune.graph.labels import FIXED, Dims
 
-__all__ = ["COUNTED_AS", "SIZED_FUNCTIONS", "SizedFunction", "kind_of"]
+__all__ = ["COUNTED_AS", "SHAPES", "SIZED_FUNCTIONS", "SizedFunction", "kind_of"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Sizes = list[Any]
@@ -71,18 +71,19 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def _shape_at(place: int) -> SizedFunction:
     """``(x, 2, -1)``, ``(x, (2, -1))`` and ``(x, shape=(2, -1))`` alike; the sizes start at an argument."""
+    names = ("shape", "size", "sizes", "repeats", "dims")
 
     def find(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
         if len(args) > place and isinstance(args[place], (list, tuple)):
             return list(args[place])
         if len(args) > place:
             return [size for size in args[place:] if _is_size(size)]
-        given = next((kwargs[name] for name in ("shape", "size", "sizes", "repeats", "dims") if name in kwargs), ())
+        given = next((kwargs[name] for name in names if name in kwargs), ())
         return [given] if _is_size(given) else list(given)
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
         shape = tuple(sizes.get(at, size) for at, size in enumerate(find(args, kwargs)))
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("shape", "size", "sizes", "repeats", "dims")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in names}
         nested = len(args) > place and isinstance(args[place], (list, tuple))
         if place and not args:  # the tensor is given by name
             return func, (_input(args, kwargs), shape), {}
@@ -332,9 +333,7 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
     "view": _kind(_shape_at(1), Tensor.view),
     "reshape": _kind(_shape_at(1), Tensor.reshape, torch.reshape),
     "expand": _kind(_shape_at(1), Tensor.expand, torch.broadcast_to, Tensor.broadcast_to),
-    "repeat": SizedFunction(
-        (Tensor.repeat, torch.tile, Tensor.tile), _repeats.read, _repeats.write, _repeats_extents
-    ),
+    "repeat": SizedFunction((Tensor.repeat, torch.tile, Tensor.tile), _repeats.read, _repeats.write, _repeats_extents),
     "unflatten": SizedFunction(
         (Tensor.unflatten, torch.unflatten), _unflatten_sizes, _unflatten_write, _unflatten_extents
     ),
@@ -367,6 +366,9 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
     ),
 }
 """The one table, by the name that a `CallSite` carries."""
+
+SHAPES = frozenset({"view", "reshape", "expand", "repeat", "unflatten", "zeros", "new_zeros"})
+"""Those whose sizes are the shape of the result, so that they may depend on the size of an image."""
 
 COUNTED_AS = {name: "split" if name in ("chunk", "tensor_split") else name for name in SIZED_FUNCTIONS}
 """What calls are counted as: a call that is rewritten becomes one of another name, which must not change the count."""

@@ -82,6 +82,7 @@ class Trace:
         numeric: Modules and their attributes that the forward calculates with: these must not change.
         constants: Buffers that hold indices, and what they count along.
         unmasked: Dimensions of parameters that a masked model leaves as they are.
+        readers: Paths of the modules that were running when each parameter or buffer was read.
         contractions: Calls that multiply.
         calls: The calls of the model, or of its parts, from outside.
         data_dependent: Whether shapes depended on values.
@@ -96,6 +97,7 @@ class Trace:
     numeric: set[tuple[str, str]] = field(default_factory=set)
     constants: dict[str, Tensor] = field(default_factory=dict)
     unmasked: set[tuple[str, int]] = field(default_factory=set)
+    readers: dict[str, set[str]] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     data_dependent: bool = False
@@ -236,7 +238,10 @@ class Tracer:
         inputs = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         static = True
         for tensor in inputs:
-            self._unread.pop(id(tensor), None)
+            name = self._names.get(id(tensor))
+            if name is not None:
+                self._unread.pop(id(tensor), None)
+                self.trace.readers.setdefault(name, set()).add(self._stack.path)
             known = self._known.get(tensor)
             static = static and known is not None and known.static
             if known is not None and known.mixes and func is not _aten._local_scalar_dense.default:
@@ -332,9 +337,9 @@ class Tracer:
                 continue
             if isinstance(given[place], Attribute):
                 marked = given[place]
-                self.trace.attributes.setdefault(
-                    AttributeSite(marked.module, marked.name, marked.place), []
-                ).append(labels)
+                self.trace.attributes.setdefault(AttributeSite(marked.module, marked.name, marked.place), []).append(
+                    labels
+                )
             known_labels = self.trace.sized.setdefault((site, place), labels)
             if len(known_labels) == len(labels):  # the module runs more than once: one patch must serve all runs
                 self.trace.book.unify(known_labels, labels, "")

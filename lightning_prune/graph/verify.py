@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,46 +14,129 @@ from torch.func import functional_call
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import same_buffers
+from lightning_prune.graph.run import named_tensors, same_buffers
 from lightning_prune.graph.tree import leaves
 
-__all__ = ["TOLERANCE", "compare_outputs", "compare_shapes", "masked_outputs", "masked_tensors"]
+__all__ = ["TOLERANCE", "MaskedModel", "compare_outputs", "compare_shapes", "masked_tensors"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, relative to the largest output, by dtype: rounding differs with the shapes."""
 
 
+Kept = Mapping[str, Mapping[int, Sequence[int] | Tensor]]
+
+
 def masked_tensors(
-    tensors: Mapping[str, Tensor],
-    kept: Mapping[str, Mapping[int, Sequence[int]]],
-    unmasked: Collection[tuple[str, int]] = (),
+    tensors: Mapping[str, Tensor], kept: Kept, unmasked: Collection[tuple[str, int]] = ()
 ) -> dict[str, Tensor]:
-    """Copies of the tensors that shrink, zero wherever one of the dimensions is not kept; indices stay what they are."""
-    result = {}
-    for name, dims in kept.items():
-        if not (tensors[name].is_floating_point() or tensors[name].is_complex()):
-            continue
-        masked = tensors[name].detach().clone()
-        for dim, index in dims.items():
-            if (name, dim) in unmasked:
-                continue
-            gone = torch.ones(masked.size(dim), dtype=torch.bool)
+    """Copies of the tensors that shrink, zero wherever one of the dimensions is not kept; indices stay as they are."""
+    names = [name for name in kept if tensors[name].is_floating_point() or tensors[name].is_complex()]
+    return {name: _masked(tensors[name].detach().clone(), name, kept[name], unmasked) for name in names}
+
+
+def _masked(
+    tensor: Tensor, name: str, dims: Mapping[int, Sequence[int] | Tensor], unmasked: Collection[tuple[str, int]]
+) -> Tensor:
+    for dim, index in dims.items():
+        if (name, dim) not in unmasked:
+            gone = torch.ones(tensor.size(dim), dtype=torch.bool)
             gone[torch.as_tensor(index)] = False
-            masked.index_fill_(dim, gone.nonzero().squeeze(1).to(masked.device), 0)
-        result[name] = masked
-    return result
+            tensor.index_fill_(dim, gone.nonzero().squeeze(1).to(tensor.device), 0)
+    return tensor
 
 
-def masked_outputs(model: nn.Module, masked: Mapping[str, Tensor], calls: Sequence[ModuleCall]) -> list[Any]:
-    """What the model's calls give with some tensors replaced; the model itself is not changed."""
-    modules = dict(model.named_modules())
-    outputs = []
-    for call in calls:
-        prefix = f"{call.path}." if call.path else ""
-        inside = {name.removeprefix(prefix): t for name, t in masked.items() if name.startswith(prefix)}
-        with torch.no_grad(), same_buffers(model):
-            outputs.append(functional_call(modules[call.path], inside, call.args, call.kwargs))
-    return outputs
+@dataclass(frozen=True)
+class MaskedModel:
+    """A model with the removed slices set to zero, without touching it.
+
+    Attributes:
+        model: The model.
+        kept: What stays of its parameters and buffers.
+        unmasked: Dimensions that keep their values.
+        own: Parameters that only the module that holds them reads. Of the large ones among these there is one masked
+            copy at a time, while that module runs: to fill fresh memory costs more than to run the model.
+    """
+
+    LARGE: ClassVar[int] = 1 << 20
+
+    model: nn.Module
+    kept: Kept
+    unmasked: Collection[tuple[str, int]] = ()
+    own: Collection[str] = ()
+
+    @cached_property
+    def _passing(self) -> dict[nn.Module, list[str]]:
+        """Modules with large parameters of their own, and none below them."""
+        tensors = named_tensors(self.model)
+        found: dict[str, list[str]] = {}
+        for name in self.kept:
+            if name in self.own and tensors[name].numel() > self.LARGE and tensors[name].is_floating_point():
+                found.setdefault(name.rpartition(".")[0], []).append(name)
+        modules = dict(self.model.named_modules())
+        return {
+            modules[path]: names
+            for path, names in found.items()
+            if path in modules and not any(other.startswith(f"{path}.") for other in found if path) and path
+        }
+
+    @cached_property
+    def _standing(self) -> dict[str, Tensor]:
+        passing = {name for names in self._passing.values() for name in names}
+        kept = {name: dims for name, dims in self.kept.items() if name not in passing}
+        return masked_tensors(named_tensors(self.model), kept, self.unmasked)
+
+    def outputs(self, calls: Sequence[ModuleCall]) -> list[Any]:
+        """What the model's calls give."""
+        modules = dict(self.model.named_modules())
+        results = []
+        with self._in_passing():
+            for call in calls:
+                prefix = f"{call.path}." if call.path else ""
+                inside = {n.removeprefix(prefix): t for n, t in self._standing.items() if n.startswith(prefix)}
+                with torch.no_grad(), same_buffers(self.model):
+                    results.append(functional_call(modules[call.path], inside, call.args, call.kwargs))
+        return results
+
+    @contextmanager
+    def _in_passing(self) -> Iterator[None]:
+        """Large parameters are masked while their module runs, all in the same memory."""
+        tensors = named_tensors(self.model)
+        scratch: dict[torch.dtype, Tensor] = {}
+        held: dict[nn.Module, dict[str, Any]] = {}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if module in held:  # it calls itself
+                return
+            names = self._passing[module]
+            held[module] = {name: module._parameters[name.rpartition(".")[2]] for name in names}
+            used: dict[torch.dtype, int] = {}
+            for name in names:
+                source = tensors[name]
+                start = used.get(source.dtype, 0)
+                used[source.dtype] = start + source.numel()
+                memory = scratch.get(source.dtype)
+                if memory is None or memory.numel() < used[source.dtype]:
+                    size = max(sum(tensors[n].numel() for n in each) for each in self._passing.values())
+                    memory = scratch[source.dtype] = torch.empty(size, dtype=source.dtype, device=source.device)
+                copy = memory[start : start + source.numel()].view(source.shape)
+                copy.copy_(source.detach())
+                module._parameters[name.rpartition(".")[2]] = nn.Parameter(
+                    _masked(copy, name, self.kept[name], self.unmasked), requires_grad=False
+                )
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            for name, parameter in held.pop(module, {}).items():
+                module._parameters[name.rpartition(".")[2]] = parameter
+
+        hooks = [module.register_forward_pre_hook(enter) for module in self._passing]
+        hooks += [module.register_forward_hook(leave, always_call=True) for module in self._passing]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in list(held):
+                leave(module, None, None)
 
 
 def compare_shapes(expected: Any, actual: Any) -> None:

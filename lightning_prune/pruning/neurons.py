@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from lightning_prune.graph.callsites import (
     installed_patches,
     remove_patches,
 )
-from lightning_prune.graph.groups import Groups, find_groups
-from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.groups import Group, Groups, find_groups
+from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
+from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
 from lightning_prune.graph.tree import tensors as tensors_of
-from lightning_prune.graph.verify import compare_outputs, compare_shapes, masked_outputs, masked_tensors
+from lightning_prune.graph.verify import MaskedModel, compare_outputs
 from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import (
@@ -39,7 +40,7 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import Change, Value, named_tensors, shrink
+from lightning_prune.pruning.surgery import Change, Value, shrink
 
 __all__ = ["prune_neurons", "remove_chosen", "remove_neurons"]
 
@@ -102,9 +103,7 @@ def prune_neurons(
             allowed = pick(groups, *chosen, exact_only)
             check_prunable(groups, allowed)
             dense, scores = measure_dense(groups, allowed), score(groups, named_tensors(model))
-            return select_neurons(
-                groups, scores, allowed, amount, of=of, scope=scope, round_to=round_to, dense=dense
-            )
+            return select_neurons(groups, scores, allowed, amount, of=of, scope=scope, round_to=round_to, dense=dense)
 
         plan, *_ = remove_chosen(model, groups, choose, optimizers=optimizers, verify=verify)
     if not plan:
@@ -180,9 +179,7 @@ def remove_chosen(
 def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> list[int]:
     """The groups without which a removal succeeds, found by halving; nothing is removed."""
     touched = [
-        number
-        for number, numbers in enumerate(groups.ranges)
-        if not bool(alive[numbers.start : numbers.stop].all())
+        number for number, numbers in enumerate(groups.ranges) if not bool(alive[numbers.start : numbers.stop].all())
     ]
 
     def works(numbers: Sequence[int]) -> bool:
@@ -238,61 +235,142 @@ def remove_neurons(
 
 
 def _attempt(
-    model: nn.Module, groups: Groups, alive: Tensor, optimizers: Iterable[Optimizer], verify: bool
+    model: nn.Module,
+    groups: Groups,
+    alive: Tensor,
+    optimizers: Iterable[Optimizer],
+    verify: bool,
+    calls: Sequence[ModuleCall] | None = None,
 ) -> tuple[Plan, Change]:
-    """The removal, and how to take it back."""
+    """The removal, and how to take it back; ``calls``: those that the model can repeat, where that is known."""
     kept = groups.kept(alive)
-    tensors = named_tensors(model)
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    aliases = {alias: name for name in kept for alias in names[id(tensors[name])]}
-    shapes = {alias: list(tensors[alias].shape) for alias in aliases}
     before = installed_patches(model)
     touched = [
         group
         for group, numbers in zip(groups.prunable, groups.ranges, strict=True)
         if not bool(alive[numbers.start : numbers.stop].all())
     ]
-    compare = verify and all(group.exact for group in touched)
+    tensors = named_tensors(model)
+    counts = groups.counts(alive)
     with undisturbed(model):
         model.eval()
-        masked = masked_tensors(tensors, kept, groups.unmasked)
-        small = _on_smaller_images(model, masked, groups) if compare else None
-        calls, expected = small or _run_masked(model, masked, groups.calls, verify)
-        counts = groups.counts(alive)
-        numbers = _numbers(model, groups, alive, kept, tensors)
-        change = shrink(model, kept, optimizers, counts=counts, numbers=numbers)
+        check = _Check.of(model, groups, kept, calls, compare=verify and all(group.exact for group in touched))
+        change = shrink(model, kept, optimizers, counts=counts, numbers=_numbers(model, groups, alive, kept, tensors))
         change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
-            patches, actual = ([], run_calls(model, calls)) if small else _patch_sizes(model, groups, alive, calls)
-            if patches and compare:
-                actual = run_calls(model, calls)
-            for call, a, b in zip(calls, expected, actual, strict=True):
-                # A part's output may shrink, the model's never; one that is random can't be compared.
-                comparable = call.path == "" and not groups.data_dependent
-                if compare and a is not RANDOM and (comparable or _same_shapes(a, b)):
-                    compare_outputs(a, b)
-                elif call.path == "" and a is not RANDOM and not groups.data_dependent:
-                    compare_shapes(a, b)
+            patches = check.passes(model, groups, alive)
         except BaseException as error:
             change.undo()
             if not isinstance(error, Exception):  # such as the user's Ctrl-C
                 raise
+            able = check.repeatable(model)
+            if len(able) < len(check.calls):
+                return _attempt(model, groups, alive, optimizers, verify, able)
             made_by = ", ".join(group.name for group in touched)
             raise SurgeryError(f"Can't remove neurons of {made_by}: {error}\nThe model is as it was.") from error
-    plan = Plan(
-        kept={
-            alias: {dim: index.tolist() for dim, index in kept[name].items()} for alias, name in aliases.items()
-        },
-        shapes=shapes,
+    return _plan(groups, touched, kept, tensors, change, patches, counts), change
+
+
+def _plan(
+    groups: Groups,
+    touched: Sequence[Group],
+    kept: Mapping[str, Mapping[int, Tensor]],
+    tensors: Mapping[str, Tensor],
+    change: Change,
+    patches: Sequence[SizePatch],
+    counts: dict[str, list[int]],
+) -> Plan:
+    """The record of a removal; ``tensors`` are those before it."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    aliases = {alias: name for name in kept for alias in names[id(tensors[name])]}
+    lists = {name: {dim: index.tolist() for dim, index in dims.items()} for name, dims in kept.items()}
+    return Plan(
+        kept={alias: lists[name] for alias, name in aliases.items()},
+        shapes={alias: list(tensors[alias].shape) for alias in aliases},
         attributes=change.attributes,
         patches=tuple(patches),
         counts=counts,
         approximate={group.name: ", ".join(group.mixing) for group in touched if group.mixing},
         frozen={str(part): group.frozen or "" for group in groups.frozen for part in group.slices},
     )
-    return plan, change
+
+
+@dataclass(frozen=True)
+class _Check:
+    """How a removal is checked.
+
+    Attributes:
+        calls: The calls of the model, or of its parts, to run after it.
+        expected: What each gives if the removed slices are zero; RANDOM where it draws random numbers; None where only
+            shapes are compared.
+    """
+
+    calls: Sequence[ModuleCall]
+    expected: Sequence[Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        groups: Groups,
+        kept: Mapping[str, Mapping[int, Tensor]],
+        calls: Sequence[ModuleCall] | None,
+        *,
+        compare: bool,
+    ) -> _Check:
+        """Before the removal: run the masked model, or where nothing can be compared, note the shapes."""
+        if calls is None:
+            calls = [call for call in groups.calls if call.repeatable]
+        if not compare:
+            return cls(calls, [None] * len(calls))
+        masked = MaskedModel(model, kept, groups.unmasked, groups.own)
+        return _on_smaller_images(masked, groups, calls) or cls(*_run_masked(masked, calls))
+
+    def passes(self, model: nn.Module, groups: Groups, alive: Tensor) -> list[SizePatch]:
+        """After the removal: the sized calls that had to be patched.
+
+        Raises:
+            SurgeryError: The outputs differ where they must not.
+        """
+        patches, actual = _patch_sizes(model, groups, alive, self.calls)
+        if patches:
+            actual = run_calls(model, self.calls)
+        for call, wanted, got in zip(self.calls, self.expected, actual, strict=True):
+            # A part's output may shrink, the model's never; where shapes depend on values they may differ.
+            fixed = call.path == "" and not groups.data_dependent
+            if wanted is None and fixed and call.shapes is not None:
+                shapes = tuple(tensor.shape for tensor in tensors_of(got))
+                if shapes != call.shapes:
+                    raise SurgeryError(f"outputs have shapes {_listed(shapes)} after, {_listed(call.shapes)} before")
+            elif wanted is not None and wanted is not RANDOM and (fixed or _same_shapes(wanted, got)):
+                compare_outputs(wanted, got)
+        return patches
+
+    def repeatable(self, model: nn.Module) -> list[ModuleCall]:
+        """The calls that the model as it is can run; for the others there is a warning."""
+        able = []
+        for call in self.calls:
+            try:
+                run_calls(model, [call])
+            except Exception as error:  # whatever the user's forward raises: it is the whole model that fails here
+                _warn_unchecked(call, model, error)
+            else:
+                able.append(call)
+        return able
+
+
+def _listed(shapes: Iterable[Any]) -> str:
+    return ", ".join(str(tuple(shape)) for shape in shapes)
+
+
+def _warn_unchecked(call: ModuleCall, model: nn.Module, error: Exception) -> None:
+    warnings.warn(
+        f"{call.path or type(model).__name__} raised {type(error).__name__} when run again in evaluation mode "
+        f"({error}): its removal is not checked",
+        stacklevel=2,
+    )
 
 
 def _restore_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
@@ -301,8 +379,31 @@ def _restore_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
 
 
 WIDTHS = frozenset(
-    "channel channels chans d dim dims embd embed emb embedding feature features filters hidden inner width planes "
-    "units neurons in out input output".split()
+    [
+        "channel",
+        "channels",
+        "chans",
+        "d",
+        "dim",
+        "dims",
+        "embd",
+        "embed",
+        "emb",
+        "embedding",
+        "feature",
+        "features",
+        "filters",
+        "hidden",
+        "inner",
+        "width",
+        "planes",
+        "units",
+        "neurons",
+        "in",
+        "out",
+        "input",
+        "output",
+    ]
 )
 """Words in the names of attributes that hold a width; others are left alone unless the forward uses them as a size."""
 
@@ -340,9 +441,7 @@ def _numbers(
     return found
 
 
-def _run_masked(
-    model: nn.Module, masked: Mapping[str, Tensor], calls: Sequence[ModuleCall], verify: bool
-) -> tuple[list[ModuleCall], list[Any]]:
+def _run_masked(masked: MaskedModel, calls: Sequence[ModuleCall]) -> tuple[list[ModuleCall], list[Any]]:
     """What the masked model gives, RANDOM where it draws random numbers in evaluation mode too.
 
     Calls that can't be repeated, such as those that need training mode, are left out.
@@ -350,25 +449,17 @@ def _run_masked(
     repeated: list[ModuleCall] = []
     outputs: list[Any] = []
     for call in calls:
-        if not call.repeatable:
-            continue
-        before = _random_states(model)
+        before = _random_states(masked.model)
         try:
-            outputs += masked_outputs(model, masked, [call])
+            outputs += masked.outputs([call])
         except Exception as error:  # whatever the user's forward raises: it is the whole model that fails here
-            warnings.warn(
-                f"{call.path or type(model).__name__} raised {type(error).__name__} when run again in evaluation mode "
-                f"({error}): its removal is not checked",
-                stacklevel=3,
-            )
-        else:
-            repeated.append(call)
-            if verify and not all(map(torch.equal, before, _random_states(model))):
-                outputs[-1] = RANDOM
-                name = call.path or type(model).__name__
-                warnings.warn(
-                    f"{name} draws random numbers in evaluation mode: its removal is not checked", stacklevel=3
-                )
+            _warn_unchecked(call, masked.model, error)
+            continue
+        repeated.append(call)
+        if not all(map(torch.equal, before, _random_states(masked.model))):
+            outputs[-1] = RANDOM
+            name = call.path or type(masked.model).__name__
+            warnings.warn(f"{name} draws random numbers in evaluation mode: its removal is not checked", stacklevel=2)
     return repeated, outputs
 
 
@@ -376,15 +467,14 @@ SMALL = 64
 """Pixels per side of the images on which a removal is checked, where the model takes them."""
 
 
-def _on_smaller_images(
-    model: nn.Module, masked: Mapping[str, Tensor], groups: Groups
-) -> tuple[list[ModuleCall], list[Any]] | None:
+def _on_smaller_images(masked: MaskedModel, groups: Groups, given: Sequence[ModuleCall]) -> _Check | None:
     """The same calls with a corner of large images, and what the masked model gives: a check that costs less.
 
-    Equality must hold for every input. None where the model takes no other size, or where sizes are written in calls,
-    which have to be found on what was traced.
+    Equality must hold for every input. None where the model takes no other size, or where shapes are written in
+    calls, which may be those of what was traced only.
     """
-    if any(not extent.fixed for extent in groups.sized.values()) or groups.data_dependent:
+    shaped = any(not extent.fixed for (site, _), extent in groups.sized.items() if site.function in SHAPES)
+    if shaped or groups.data_dependent:
         return None
     cut = 0
 
@@ -395,18 +485,17 @@ def _on_smaller_images(
         cut += 1
         return leaf[..., :SMALL, :SMALL]
 
-    calls = [
-        replace(call, args=tree_map(corner, call.args), kwargs=tree_map(corner, call.kwargs)) for call in groups.calls
-    ]
-    if not cut or not all(call.repeatable for call in calls):
+    calls = [replace(call, args=tree_map(corner, call.args), kwargs=tree_map(corner, call.kwargs)) for call in given]
+    if not cut:
         return None
-    before = _random_states(model)
+    before = _random_states(masked.model)
     try:
-        outputs = masked_outputs(model, masked, calls)
+        outputs = masked.outputs(calls)
     except Exception:  # a model that wants its own size is checked on that
         return None
     sure = all(bool(each.isfinite().all()) for each in tensors_of(outputs))
-    return (calls, outputs) if sure and all(map(torch.equal, before, _random_states(model))) else None
+    sure = sure and all(map(torch.equal, before, _random_states(masked.model)))
+    return _Check(calls, outputs) if sure else None
 
 
 def _random_states(model: nn.Module) -> list[Tensor]:

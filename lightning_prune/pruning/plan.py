@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
-from lightning_prune.pruning.surgery import Attributes, Value, enlarge, named_tensors, shrink
+from lightning_prune.graph.run import named_tensors
+from lightning_prune.pruning.surgery import Attributes, Value, enlarge, shrink
 
 __all__ = ["Plan"]
 

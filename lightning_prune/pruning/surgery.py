@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PruningError
+from lightning_prune.graph.run import named_tensors
 from lightning_prune.pruning.attention import install_narrow_attention, remove_narrow_attention
 
 __all__ = [
@@ -62,14 +63,6 @@ class Change:
         """Put everything back as it was."""
         while self.steps:
             self.steps.pop()()
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each name of a shared one."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def take(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
@@ -248,9 +241,7 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def layer_sizes(
-    module: nn.Module, before: Mapping[str, Any], numbers: Mapping[str, Value] | None
-) -> dict[str, Value]:
+def layer_sizes(module: nn.Module, before: Mapping[str, Any], numbers: Mapping[str, Value] | None) -> dict[str, Value]:
     """What the size attributes of torch's own layers must be, given the shapes of their tensors.
 
     Args:
@@ -342,9 +333,7 @@ def _deleter(target: Any, key: Any) -> Undo:
     return put_back
 
 
-def _shrunk_state(
-    state: Mapping[str, Any], old: Tensor, dims: Mapping[int, Tensor], optimizer: str
-) -> dict[str, Any]:
+def _shrunk_state(state: Mapping[str, Any], old: Tensor, dims: Mapping[int, Tensor], optimizer: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == old.shape:

@@ -16,6 +16,7 @@ from lightning_prune.graph.trace import FLOP_FORMULAS
 
 __all__ = ["Cost", "LayerCost", "cost_of_calls", "count_cost"]
 
+
 @dataclass(frozen=True)
 class LayerCost:
     """What one layer holds and does.

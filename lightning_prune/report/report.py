@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import undisturbed
+from lightning_prune.graph.run import named_tensors, undisturbed
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.surgery import named_tensors
 from lightning_prune.report.cost import cost_of_calls
 from lightning_prune.report.run import batch_size, file_size, latencies
 

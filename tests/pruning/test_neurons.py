@@ -348,14 +348,28 @@ def test_an_amount_that_rounds_to_nothing_warns() -> None:
 class Stubborn(nn.Module):
     """Insists on the width that it was made with, in a way that no trace can see."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException, width: int = 8) -> None:
         super().__init__()
-        self.error = error
+        self.error, self.width = error, str(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.size(1) != 8:
+        if x.size(1) != int(self.width):
             raise self.error
         return x * 1
+
+
+def remove_half(model: nn.Module, x: Any, **options: Any) -> Plan:
+    """Half of each group at once, the first ones: nothing is tried again."""
+    groups = find_groups(model, x)
+    alive = torch.ones(groups.neurons, dtype=torch.bool)
+    for numbers in groups.ranges:
+        alive[numbers.start : numbers.start + len(numbers) // 2] = False
+    with torch.no_grad():
+        return remove_neurons(model, groups, alive, **options)
+
+
+def prune_half(model: nn.Module, x: Any, optimizers: Any = None, **options: Any) -> Plan:
+    return prune_neurons(model, x, 0.5, optimizer=optimizers, **options)
 
 
 def trained(model: nn.Module, x: Tensor, **options: Any) -> torch.optim.Optimizer:
@@ -368,32 +382,46 @@ def trained(model: nn.Module, x: Tensor, **options: Any) -> torch.optim.Optimize
     return optimizer
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt(), SystemExit()], ids=repr)
+@pytest.mark.parametrize(
+    ("remove", "error", "raised"),
+    [
+        (remove_half, RuntimeError("no"), SurgeryError),
+        (remove_half, ValueError("no"), SurgeryError),
+        (remove_half, KeyboardInterrupt(), KeyboardInterrupt),
+        (remove_half, SystemExit(), SystemExit),
+        (prune_half, RuntimeError("no"), PruningError),
+        (prune_half, KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_model_that_refuses_to_shrink_is_put_back(error: BaseException, training: bool) -> None:
+def test_a_model_that_refuses_to_shrink_is_put_back(remove: Any, error: Any, raised: Any, training: bool) -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Stubborn(error), nn.Dropout(), nn.Conv2d(8, 2, 1)]
     model, x = build(sequential(*layers)).train(training), inputs(IMAGE)
     model[1].eval()
     optimizer = trained(model, x)
     snapshot = Snapshot(model, optimizer)
-    with pytest.raises(SurgeryError if isinstance(error, Exception) else type(error)):
-        prune_neurons(model, x, 0.5, optimizer=optimizer)
+    with pytest.raises(raised):
+        remove(model, x, optimizers=[optimizer])
     snapshot.assert_unchanged()
     trained(model, x)
 
 
 def test_a_refusal_names_the_layers_and_the_cause() -> None:
     model = build(sequential(nn.Conv2d(3, 8, 3), Stubborn(RuntimeError("eight!")), nn.Conv2d(8, 2, 1)))
-    with pytest.raises(SurgeryError, match=r"neurons of 0: eight!\nThe model is as it was"):
-        prune_neurons(model, inputs(IMAGE), 0.5)
+    with pytest.raises(SurgeryError, match=r"neurons of 0: eight!\nThe model is as it was") as error:
+        remove_half(model, inputs(IMAGE))
+    assert str(error.value.__cause__) == "eight!"
 
 
 @pytest.mark.parametrize("function", ["compare_outputs", "_patch_sizes", "install_patches", "run_calls"])
 @pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("remove", [remove_half, prune_half])
 @cases(["article", "views", "resnet", "tied_square"])
 def test_a_failure_at_any_point_is_rolled_back(
-    name: str, again: bool, function: str, monkeypatch: pytest.MonkeyPatch
+    name: str, remove: Any, again: bool, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It happens once: no group is at fault, so none is frozen."""
     model, x = build_case(name)
     if again:
         prune_neurons(model, x, 0.2)  # so that there are patches to put back
@@ -401,16 +429,16 @@ def test_a_failure_at_any_point_is_rolled_back(
     snapshot = Snapshot(model, optimizer)
     called = []
 
-    def fail(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
         called.append(function)
         if len(called) == 1:  # rolling back may use it
             raise RuntimeError("forced")
-        original.__call__(*args, **kwargs)
+        return original(*args, **kwargs)
 
     original = getattr(neurons_module, function)
     monkeypatch.setattr(neurons_module, function, fail)
     with pytest.raises(SurgeryError, match="forced"):
-        prune_neurons(model, x, 0.4, optimizer=optimizer)
+        remove(model, x, optimizers=[optimizer])
     assert called
     snapshot.assert_unchanged()
 
@@ -430,6 +458,81 @@ def test_an_optimizer_that_fails_is_rolled_back() -> None:
     snapshot = Snapshot(model, optimizer)
     with pytest.raises(UserWarning, match="LBFGS keeps"):
         prune_neurons(model, x, 0.4, optimizer=optimizer)
+    snapshot.assert_unchanged()
+
+
+# What fails is left alone, and the rest goes
+
+
+def trains_on(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer holds just the model's parameters, and changes them all."""
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    changed = not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return changed and held == [id(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("amount", [0.3, 0.6])
+def test_a_group_whose_removal_fails_is_frozen_and_the_others_are_pruned(amount: float) -> None:
+    layers = [nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Conv2d(6, 8, 3), Stubborn(RuntimeError("eight!\nor none"))]
+    model = build(sequential(*layers, nn.Conv2d(8, 6, 1), nn.Tanh(), nn.Conv2d(6, 2, 1)))
+    x, dense = inputs(IMAGE), copy.deepcopy(model)
+    optimizer = trained(model, x)
+    dense.load_state_dict(model.state_dict())
+    plan = prune_neurons(model, x, amount, optimizer=optimizer)
+    assert plan.frozen["2.weight[0]"] == plan.frozen["4.weight[1]"] == "its removal fails: eight!"
+    assert model[2].out_channels == model[4].in_channels == 8
+    gone = 12 - model[0].out_channels - model[4].out_channels
+    assert gone == round(12 * amount)  # the amount is of what can go
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs(IMAGE, 3), modes=("train",))
+    assert trains_on(model, x, optimizer)
+
+
+def test_a_group_whose_removal_fails_along_one_axis_goes_along_another() -> None:
+    """Heads would go first; the forward insists on their number, so their size shrinks."""
+    run = lambda n, x: n.b(n.same(n.a(x).view(-1, 4, 6).sin()).flatten(1))  # noqa: E731
+    layers = {"a": nn.Linear(3, 24), "same": Stubborn(RuntimeError("four"), 4), "b": nn.Linear(24, 2)}
+    model, x = build(lambda: Net(run, **layers)), inputs((3,))
+    assert [(g.name, g.size) for g in find_groups(model, x).prunable] == [("a", 4)]
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.5)
+    assert model.a.out_features == 4 * 3
+    kept = torch.tensor(plan.kept["a.weight"][0]).view(4, 3)
+    assert torch.equal(kept % 6, kept[:1].expand(4, 3))
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((3,), 5), modes=("train",))
+
+
+def test_a_frozen_group_is_frozen_in_the_next_pruning_too() -> None:
+    layers = [nn.Conv2d(3, 8, 3), Stubborn(RuntimeError("eight")), nn.Conv2d(8, 6, 1), nn.Tanh(), nn.Conv2d(6, 2, 1)]
+    model, x = build(sequential(*layers)), inputs(IMAGE)
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.4).then(prune_neurons(model, x, 0.4))
+    assert (model[0].out_channels, model[2].out_channels) == (8, 2)
+    assert plan.frozen["0.weight[0]"] == "its removal fails: eight"
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x)
+
+
+def test_if_nothing_is_left_the_reasons_are_listed() -> None:
+    layers = [nn.Conv2d(3, 8, 3), Stubborn(RuntimeError("eight")), nn.Conv2d(8, 6, 1), Stubborn(ValueError("six"), 6)]
+    model, x = build(sequential(*layers, nn.Conv2d(6, 2, 1))), inputs(IMAGE)
+    optimizer = trained(model, x)
+    snapshot = Snapshot(model, optimizer)
+    with pytest.raises(PruningError, match="no neuron of this model can be pruned") as error:
+        prune_neurons(model, x, 0.5, optimizer=optimizer)
+    assert all(f"its removal fails: {name}" in str(error.value) for name in ("eight", "six"))
+    snapshot.assert_unchanged()
+
+
+def test_an_amount_out_of_reach_without_the_failing_group_is_refused() -> None:
+    layers = [nn.Conv2d(3, 8, 3), Stubborn(RuntimeError("eight")), nn.Conv2d(8, 6, 1), nn.Tanh(), nn.Conv2d(6, 2, 1)]
+    model, x = build(sequential(*layers)), inputs(IMAGE)
+    assert prune_neurons(copy.deepcopy(model), x, 0.1, of="params")
+    snapshot = Snapshot(model)
+    with pytest.raises(PruningError, match=r"can't be reached: .* is gone"):
+        prune_neurons(model, x, 0.6, of="params")
     snapshot.assert_unchanged()
 
 
@@ -485,7 +588,7 @@ APPROXIMATE = {
     "log_softmax": lambda x: F.log_softmax(x, 1),
     "mean": lambda x: x - x.mean(1, keepdim=True),
     "max": lambda x: x / x.amax(1, keepdim=True),
-    "norm": lambda x: x / x.norm(dim=1, keepdim=True),
+    "norm_of_few": lambda x: x / x.norm(p=-1, dim=1, keepdim=True),
     "var": lambda x: x * x.var(1, keepdim=True),
     "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
     "prod": lambda x: x + (x + 1).prod(1, keepdim=True),
@@ -539,12 +642,37 @@ def test_verification_finds_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> Non
         build(lambda: Net(lambda n, x: n.b(n.a(x).softmax(1)), a=nn.Linear(3, 8), b=nn.Linear(8, 2))),
         inputs((3,)),
     )
-    monkeypatch.setattr("lightning_prune.graph.labels.LabelBook.mix", lambda *args: None)
+    assert [g.exact for g in find_groups(model, x).prunable] == [False]
+    monkeypatch.setattr("lightning_prune.graph.rules.table.Call.mix", lambda *args: None)
+    assert [g.exact for g in find_groups(model, x).prunable] == [True]
     snapshot = Snapshot(model)
     with pytest.raises(SurgeryError, match="differs from the masked model's"):
+        remove_half(model, x)
+    snapshot.assert_unchanged()
+    with pytest.raises(PruningError, match="its removal fails: output 0 differs from the masked model's"):
         prune_neurons(model, x, 0.5)
     snapshot.assert_unchanged()
     assert prune_neurons(model, x, 0.5, verify=False)
+
+
+@pytest.mark.parametrize(
+    "aside",
+    [
+        lambda x: (x.softmax(1), x)[1],
+        lambda x: x if x.amax(1).sum() > -1e9 else -x,
+        lambda x: (x, x.softmax(1).mean())[0],
+    ],
+)
+def test_what_is_mixed_but_not_used_changes_nothing(aside: Any) -> None:
+    model = build(lambda: Net(lambda n, x: n.b(aside(n.a(x))), a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
+    assert [g.exact for g in find_groups(model, inputs((3,))).prunable] == [True]
+    assert check_removal(model, inputs((3,)), inputs((3,), 5), amounts=(0.5,), modes=("train",)).approximate == {}
+
+
+def test_a_mixture_that_is_the_output_or_is_written_into_it_counts() -> None:
+    for run in (lambda n, x: (n.b(h := n.a(x)), h.softmax(1).amax(1)), lambda n, x: n.b(n.a(x).softmax(1))):
+        model = build(lambda run=run: Net(run, a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
+        assert [g.exact for g in find_groups(model, inputs((3,))).prunable] == [False]
 
 
 def test_pruning_keeps_no_old_tensor_alive() -> None:
@@ -569,11 +697,16 @@ def test_plain_modules_tell_the_truth_about_their_sizes() -> None:
             assert (module.out_features, module.in_features) == tuple(module.weight.shape)
 
 
-def test_grouped_convolutions_are_left_as_they_are_while_others_shrink() -> None:
-    grouped = nn.Conv2d(4, 8, 3, groups=4)
-    model = build(sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), grouped, nn.Conv2d(8, 2, 1)))
-    check_removal(model, inputs(IMAGE), amounts=(0.4,), modes=("train",))
-    assert (model[0].out_channels, model[3].groups, model[3].out_channels) == (5, 4, 8)
+def test_grouped_convolutions_lose_whole_groups() -> None:
+    grouped = nn.Conv2d(8, 12, 3, groups=4)
+    model = build(sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), grouped, nn.Conv2d(12, 2, 1)))
+    plan = check_removal(model, inputs(IMAGE), inputs(IMAGE, 3), amounts=(0.5,), modes=("train",))
+    assert model[3].groups < 4
+    assert (model[2].out_channels, model[3].in_channels) == (2 * model[3].groups, 2 * model[3].groups)
+    assert (model[3].out_channels, model[4].in_channels) == (3 * model[3].groups, 3 * model[3].groups)
+    groups = {index // 3 for index in plan.kept["3.weight"][0]}
+    assert plan.kept["3.weight"] == {0: [3 * g + i for g in sorted(groups) for i in range(3)]}
+    assert plan.kept["2.weight"][0] == [2 * g + i for g in sorted(groups) for i in range(2)]
 
 
 def test_frozen_and_half_precision_parameters_are_pruned_alike() -> None:

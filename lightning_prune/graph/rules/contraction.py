@@ -308,13 +308,12 @@ def _cell(call: Call, x: Tensor | None, weights: Sequence[Tensor], states: Seque
 def mkldnn_rnn_layer(call: Call) -> list[Dims]:
     """A whole layer of an LSTM, on the CPU without gradients."""
     x, *weights = call.args[:5]
-    states = [state for state in call.args[5:7] if state.dim()]
+    given = [state for state in call.args[5:7] if state.dim()]
     dims, size = call.dims(x), call.args[10]
     used = weights if call.args[12] else weights[:2]
-    hidden = _cell(call, dims[2], used, states, size) if size > 1 else None
-    return [(dims[0], dims[1], hidden), (None,) * (call.out[1].dim() - 1) + (hidden,)] + [
-        (None,) * (call.out[2].dim() - 1) + (hidden,)
-    ]
+    hidden = _cell(call, dims[2], used, given, size) if size > 1 else None
+    states = [(*(None,) * (state.dim() - 1), hidden) for state in call.out[1:3]]
+    return [(dims[0], dims[1], hidden), *states]
 
 
 @rule(aten._thnn_fused_lstm_cell, aten._thnn_fused_gru_cell)
