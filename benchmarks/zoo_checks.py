@@ -199,7 +199,7 @@ def forward(case: Case) -> dict[str, Any]:
 
 def shapes(case: Case) -> dict[str, Any]:
     before = case.record["signature"]
-    require(case.signature == before, f"outputs {case.signature and case.signature[1]}, were {before[1]}")
+    require(case.signature == before, f"outputs {case.signature[1]}, were {before[1]}")
     return {}
 
 
@@ -387,7 +387,7 @@ _PRUNE = Phase(
 _MEMORY = Phase({"memory": memory}, needs="groups")
 _EXACT = Phase({"exact": exact}, needs="groups")
 _TP = Phase({"tp_prune": tp_prune, "tp_forward": forward, "tp_shapes": shapes}, needs="dense", theirs=True)
-_REQUIRED = {"dense", "random", "groups", "prune", "tp_prune"}
+_REQUIRED = {"dense", "random", "groups", "prune", "forward", "tp_prune", "tp_forward"}
 """Without these the rest of a phase makes no sense."""
 
 

@@ -168,8 +168,9 @@ class ModuleStack:
             if path is not None and all(other is None for other, _ in self._running):
                 self.on_leave(path, output)
 
-        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in paths]
-        hooks += [module.register_forward_hook(leave, always_call=True) for module in paths]
+        hooked = [module for module in paths if not isinstance(module, torch.jit.ScriptModule)]
+        hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in hooked]
+        hooks += [module.register_forward_hook(leave, always_call=True) for module in hooked]
         try:
             yield self
         finally:

@@ -11,10 +11,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import CallSite, ModuleCall
 from lightning_prune.graph.labels import Solution
-from lightning_prune.graph.run import as_calls, traced
+from lightning_prune.graph.run import as_calls, check_model, traced
 from lightning_prune.graph.trace import AttributeSite, Leaf, Trace
 
 __all__ = ["Group", "Groups", "Slice", "draw_groups", "find_groups"]
@@ -537,6 +536,6 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
           0.weight[1]                 4  reads a fixed input: the model's own or a constant (addmm in 0)
           2.weight[0], 2.bias[0]      2  reaches the model's output
     """
-    if not isinstance(model, nn.Module):
-        raise PruningError(f"model must be an nn.Module, got {type(model).__name__}")
-    return draw_groups(traced(model, as_calls(example_inputs)))
+    check_model(model)
+    with torch.inference_mode(False), torch.no_grad():
+        return draw_groups(traced(model, as_calls(example_inputs)))

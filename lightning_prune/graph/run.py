@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.graph.tree import tensors
 
-__all__ = ["as_calls", "named_tensors", "run_calls", "same_buffers", "traced", "undisturbed"]
+__all__ = ["as_calls", "check_model", "named_tensors", "run_calls", "same_buffers", "traced", "undisturbed"]
 
 
 def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
@@ -41,6 +42,34 @@ def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
     if not tensors((call.args, call.kwargs)):
         raise PruningError("example_inputs holds no tensor")
     return (call,)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what can't be pruned, before it is run.
+
+    Raises:
+        PruningError: It is no module, a wrapper or a ScriptModule, or its parameters are not there (meta, lazy, sharded).
+    """
+    if not isinstance(model, nn.Module):
+        raise PruningError(f"model must be an nn.Module, got {type(model).__name__}")
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PruningError(f"{kind} is compiled by TorchScript and can't be changed; prune it before it is scripted")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers) or "FullyShardedDataParallel" in {cls.__name__ for cls in type(model).__mro__}:
+        raise PruningError(
+            f"{kind} keeps buffers for the parameters of the model inside; prune model.module before it is wrapped, "
+            "or use the NeuronPruning callback, which keeps DDP up to date"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise PruningError(f"{kind} is compiled; prune model._orig_mod, then compile it again")
+    for name, tensor in named_tensors(model).items():
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise PruningError(f"{name!r} of a lazy module has no shape yet; run {kind} on an input once")
+        if tensor.is_meta:
+            raise PruningError(f"{name!r} is on the meta device and holds no values; load {kind} first")
+        if hasattr(tensor, "device_mesh"):
+            raise PruningError(f"{name!r} is sharded (DTensor); prune {kind} before it is distributed")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -71,7 +100,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """A forward may put a new tensor in a buffer's place (``self.mean = ...``): the old ones come back afterwards."""
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    plain = (module._buffers for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+    held = [(registry, dict(registry)) for registry in plain if registry]
     try:
         yield
     finally:

@@ -154,6 +154,7 @@ class Tracer:
         self._names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside, self._entered)
         self._patchable = False
+        self._scripted = [f"{p}." for p, m in model.named_modules() if p and isinstance(m, torch.jit.ScriptModule)]
         self.trace.parameters.update(name for name, _ in model.named_parameters())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._add_leaves(name, tensor)
@@ -172,6 +173,8 @@ class Tracer:
                 continue
             labels = self.trace.book.new(size)
             dims.append(labels)
+            if any(name.startswith(prefix) for prefix in self._scripted):
+                self.trace.book.freeze(labels, "belongs to a ScriptModule, which can't be changed")
             self.trace.leaves.append(Leaf(name, dim, labels, tensor.dim()))
         self._known[tensor] = _Known(tuple(dims), True)
 

@@ -229,6 +229,10 @@ def _shrunk(old: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     if old.grad is not None:
         new.grad = take(old.grad, dims)
     new.__dict__.update(old.__dict__)
+    for hook in (getattr(old, "_backward_hooks", None) or {}).values():
+        new.register_hook(hook)
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        new.register_post_accumulate_grad_hook(hook)
     return new
 
 

@@ -111,7 +111,7 @@ class _MacCounter(TorchDispatchMode):
     """Adds the MACs of each call to every module that is running; torch's own counter needs gradients to know which."""
 
     def __init__(self, stack: ModuleStack) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.stack = stack
         self.total = 0
         self.macs: Counter[str] = Counter()

@@ -127,9 +127,9 @@ def _plus(call: Call, bias: Tensor, result: Sequence[Tensor | None]) -> Dims:
         if not varies:
             found.append(call.book.fill(labels))
             continue
-        common = call.unify(labels, dims[-back])
-        filled = common is not None and dims[-back] is not None and call.book.is_filled(dims[-back])
-        found.append(dims[-back] if filled else common)
+        own = dims[-back]
+        common = call.unify(labels, own)
+        found.append(own if common is not None and own is not None and call.book.is_filled(own) else common)
     return tuple(found)
 
 
