@@ -29,6 +29,7 @@ __all__ = [
     "CallSite",
     "ModuleCall",
     "ModuleStack",
+    "Number",
     "PatchedForward",
     "SizeChecker",
     "SizePatch",
@@ -37,6 +38,7 @@ __all__ = [
     "installed_patches",
     "marked_attributes",
     "remove_patches",
+    "watched_size",
 ]
 
 
@@ -314,20 +316,16 @@ class SizeChecker(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Attribute(int):
-    """An integer that remembers which attribute of which module it was read from; arithmetic forgets it.
+class Number(int):
+    """An integer that tells when a forward calculates with it: ``x / math.sqrt(x.size(-1))`` depends on its value.
 
-    Used as a number, as in ``x / math.sqrt(self.head_dim)``, it says so: what a forward calculates with must not
-    change.
+    Sums, products and quotients of integers are plain integers again and tell nothing: sizes are made of these.
     """
 
-    module: str
-    name: str
-    place: int | None
-    numeric: set[tuple[str, str]]
+    told: Callable[[], None]
 
     def _number(self) -> int:
-        self.numeric.add((self.module, self.name))
+        self.told()
         return int(self)
 
     def __float__(self) -> float:
@@ -358,9 +356,25 @@ class Attribute(int):
         return int(self)
 
 
+class Attribute(Number):
+    """A number that remembers which attribute of which module it was read from."""
+
+    module: str
+    name: str
+    place: int | None
+
+
+def watched_size(size: int, told: Callable[[], None]) -> Number:
+    """A size of a tensor that tells when it is calculated with."""
+    number = Number(size)
+    number.told = told
+    return number
+
+
 def _marked(value: int, numeric: set[tuple[str, str]], module: str, name: str, place: int | None = None) -> Attribute:
     marked = Attribute(value)
-    marked.module, marked.name, marked.place, marked.numeric = module, name, place, numeric
+    marked.module, marked.name, marked.place = module, name, place
+    marked.told = lambda: numeric.add((module, name))
     return marked
 
 
@@ -409,9 +423,10 @@ class CallRecorder(TorchFunctionMode):
         name = kind_of(func)
         if name is None:
             for item in args:
-                if isinstance(item, Attribute):  # such as x * self.width
-                    item._number()
-            return func(*args, **kwargs)
+                if isinstance(item, Number):  # such as x * self.width
+                    item.told()
+            result = func(*args, **kwargs)
+            return self.listener.size_read(args[0], result, args[1:]) if func in _SIZE_READERS else result
         kind, site = SIZED_FUNCTIONS[name], self.stack.site(name)
         with self.listener.calling(kind, site):
             result = func(*args, **kwargs)
@@ -419,8 +434,14 @@ class CallRecorder(TorchFunctionMode):
         return result
 
 
+_SIZE_READERS = (Tensor.size, Tensor.shape.__get__)  # type: ignore[attr-defined]
+
+
 class CallListener(Protocol):
     """Who wants to know of sized calls."""
+
+    def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
+        """A size was read; what the forward gets in its place."""
 
     def calling(self, kind: SizedFunction, site: CallSite | None) -> AbstractContextManager[None]:
         """The call runs inside."""

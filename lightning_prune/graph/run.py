@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
@@ -48,7 +48,7 @@ def check_model(model: Any) -> None:
     """Refuse what can't be pruned, before it is run.
 
     Raises:
-        PruningError: It is no module, a wrapper or a ScriptModule, or its parameters are not there (meta, lazy, sharded).
+        PruningError: It is no module, a wrapper or a ScriptModule, or its parameters are meta, lazy or sharded.
     """
     if not isinstance(model, nn.Module):
         raise PruningError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -64,7 +64,7 @@ def check_model(model: Any) -> None:
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise PruningError(f"{kind} is compiled; prune model._orig_mod, then compile it again")
     for name, tensor in named_tensors(model).items():
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise PruningError(f"{name!r} of a lazy module has no shape yet; run {kind} on an input once")
         if tensor.is_meta:
             raise PruningError(f"{name!r} is on the meta device and holds no values; load {kind} first")

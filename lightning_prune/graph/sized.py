@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -134,10 +134,10 @@ def _piece_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any], chunks: bool)
     return [each] * whole + ([size - whole * each] if whole * each < size else [])
 
 
-def _points(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+def _points(args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int) -> Sizes:
     """Sizes of the pieces between given points, or of a given number of nearly equal pieces."""
     given = _argument(args, kwargs, 1, "indices_or_sections", "indices", "sections")
-    size = _input(args, kwargs).size(_argument(args, kwargs, 2, "dim", default=0))
+    size = _input(args, kwargs).size(dim)
     if _is_size(given):
         return [size // given + (at < size % given) for at in range(given)]
     if isinstance(given, Tensor):
@@ -146,16 +146,26 @@ def _points(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _pieces(kind: str, *functions: Callable[..., Any]) -> SizedFunction:
+def _pieces(
+    kind: Literal["sizes", "chunks", "points"], *functions: Callable[..., Any], along: int = 0
+) -> SizedFunction:
+    """``along``: the dimension, where the call names none."""
+
+    def dim_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        dim: int = _argument(args, kwargs, 2, "dim", default=min(along, _input(args, kwargs).dim() - 1))
+        return dim
+
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
-        return _points(args, kwargs) if kind == "points" else _piece_sizes(args, kwargs, kind == "chunks")
+        if kind == "points":
+            return _points(args, kwargs, dim_of(args, kwargs))
+        return _piece_sizes(args, kwargs, kind == "chunks")
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
-        dim = _argument(args, kwargs, 2, "dim", default=0)
-        return torch.split, (_input(args, kwargs), [sizes[at] for at in range(len(sizes))], dim), {}
+        pieces = [sizes[at] for at in range(len(sizes))]
+        return torch.split, (_input(args, kwargs), pieces, dim_of(args, kwargs)), {}
 
     def extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
-        dim = _argument(args, kwargs, 2, "dim", default=0)
+        dim = dim_of(args, kwargs)
         found = [dims(piece)[dim] for piece in result]
         if all(labels is None for labels in found):
             return {}
@@ -344,8 +354,11 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
     "split": _pieces(
         "sizes", torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes, torch.unsafe_split
     ),
-    "chunk": _pieces("chunks", torch.chunk, Tensor.chunk, torch.unsafe_chunk),  # counted with "split", which it becomes
+    "chunk": _pieces("chunks", torch.chunk, Tensor.chunk, torch.unsafe_chunk),
     "tensor_split": _pieces("points", torch.tensor_split, Tensor.tensor_split),
+    "hsplit": _pieces("points", torch.hsplit, Tensor.hsplit, along=1),
+    "dsplit": _pieces("points", torch.dsplit, Tensor.dsplit, along=2),
+    "vsplit": _pieces("points", torch.vsplit, Tensor.vsplit),
     "getitem": _kind(_item, Tensor.__getitem__, Tensor.__setitem__),
     "narrow": SizedFunction((torch.narrow, Tensor.narrow), _range_sizes, _range_write, _range_extents, picks=True),
     "select": SizedFunction((torch.select, Tensor.select), _select_sizes, _select_write, _select_extents, picks=True),
@@ -370,7 +383,7 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
 SHAPES = frozenset({"view", "reshape", "expand", "repeat", "unflatten", "zeros", "new_zeros"})
 """Those whose sizes are the shape of the result, so that they may depend on the size of an image."""
 
-COUNTED_AS = {name: "split" if name in ("chunk", "tensor_split") else name for name in SIZED_FUNCTIONS}
+COUNTED_AS = {name: "split" if kind.together else name for name, kind in SIZED_FUNCTIONS.items()}
 """What calls are counted as: a call that is rewritten becomes one of another name, which must not change the count."""
 
 _NAME_OF = {function: name for name, kind in SIZED_FUNCTIONS.items() for function in kind.functions}

@@ -22,6 +22,7 @@ from lightning_prune.graph.callsites import (
     ModuleStack,
     in_backward,
     marked_attributes,
+    watched_size,
 )
 from lightning_prune.graph.labels import Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
@@ -317,6 +318,22 @@ class Tracer:
             yield
         finally:
             self._patchable = before
+
+    def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
+        """Mark the sizes of labelled dimensions: what is calculated from them changes with their number."""
+        known = self._dims_of(tensor) if self.listening else None
+        if known is None or all(labels is None for labels in known):
+            return size
+
+        def watched(labels: Tensor | None, number: int) -> int:
+            if labels is None:
+                return number
+            reason = f"calculates with its size in {self._stack.path or 'the model itself'}"
+            return watched_size(number, lambda: self.trace.book.mix(labels, reason))
+
+        if dim:
+            return watched(known[dim[0]], size)
+        return torch.Size([watched(labels, number) for labels, number in zip(known, size, strict=True)])
 
     def called(
         self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any

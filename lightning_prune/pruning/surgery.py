@@ -170,8 +170,8 @@ def _replace(
 
 
 def _is_parametrized(module: nn.Module, replaced: Replaced) -> bool:
-    parametrizations = module._modules.get("parametrizations")
-    if parametrizations is None:
+    parametrizations = getattr(module, "parametrizations", None)
+    if not isinstance(parametrizations, nn.Module):
         return False
     new = {id(entry[1]) for entry in replaced.values()}
     return any(id(p) in replaced or id(p) in new for p in parametrizations.parameters())

@@ -272,6 +272,7 @@ construct(
     lambda: Net(lambda n, x: n.b((n.a(x).flatten(2) @ n.a(x).flatten(2).mT / 36).flatten(1)),
                 a=nn.Conv2d(3, 6, 1), b=nn.Linear(36, 2)),
     image(side=6),
+    frozen=True,  # a pair of channels goes if either does: two axes of one box
 )  # fmt: skip
 construct(
     "bilinear",

@@ -268,12 +268,19 @@ for name, op, order, persistent in (
     ("permutation_index_select", lambda x, perm: torch.index_select(x, 1, perm), ORDER, True),
     ("permutation_partial", lambda x, perm: x[:, perm], [1, 3, 4, 5, 6], True),
     ("permutation_and_itself", lambda x, perm: x[:, perm] + x, [1, 0, 3, 2, 5, 4, 7, 6], True),
-    ("permutation_inverse", lambda x, perm: torch.tanh(x[:, perm])[:, perm.argsort()], ORDER, True),
     ("gather_channels", lambda x, perm: x.gather(1, perm.view(1, -1, 1, 1).expand(len(x), -1, 6, 6)), ORDER, True),
     ("take_along_channels", lambda x, perm: x.take_along_dim(perm.view(1, -1, 1, 1), 1), ORDER, True),
     ("index_add_channels", lambda x, perm: torch.zeros_like(x).index_add(1, perm, x), [1, 0, 3, 2, 5, 4, 7, 6], True),
 ):
     construct(name, lambda op=op, order=order, persistent=persistent: Rearranged(op, order, persistent), SMALL)
+
+
+construct(
+    "permutation_inverse",  # the inverse is no buffer, so it can't be made to count anew
+    lambda: Rearranged(lambda x, perm: torch.tanh(x[:, perm])[:, perm.argsort()], ORDER),
+    SMALL,
+    frozen=True,
+)
 
 
 class SplitByIndex(nn.Module):

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import Plan, PruningError, count_cost, find_groups, prune_neurons
-from lightning_prune.graph.callsites import CallSite
 from lightning_prune.graph.groups import Extent, Group, Groups
 from lightning_prune.pruning.neurons import remove_neurons
 
