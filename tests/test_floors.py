@@ -73,6 +73,6 @@ def test_only_the_top_knows_lightning(file: Path) -> None:
 def test_the_walk_sees_imports() -> None:
     """Known ones, so that the tests above can fail."""
     assert "lightning_prune.graph.groups" in imports(ROOT / "pruning" / "select.py")
-    assert "lightning_prune.errors" in imports(ROOT / "graph" / "groups.py")
+    assert "lightning_prune.errors" in imports(ROOT / "graph" / "callsites.py")
     assert any(module.startswith("lightning.pytorch") for module in imports(ROOT / "callbacks" / "_base.py"))
     assert {part_of(m) for m in imports(ROOT / "callbacks" / "neuron_pruning.py")} >= {"graph", "pruning"}

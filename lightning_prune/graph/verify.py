@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
@@ -89,13 +90,42 @@ class MaskedModel:
         """What the model's calls give."""
         modules = dict(self.model.named_modules())
         results = []
-        with self._in_passing():
+        with self._in_passing(), self._kept_norms():
             for call in calls:
                 prefix = f"{call.path}." if call.path else ""
                 inside = {n.removeprefix(prefix): t for n, t in self._standing.items() if n.startswith(prefix)}
                 with torch.no_grad(), same_buffers(self.model):
                     results.append(functional_call(modules[call.path], inside, call.args, call.kwargs))
         return results
+
+    @cached_property
+    def norms(self) -> dict[str, Tensor]:
+        """What can be compared although it mixes: norms over features, by what a trace calls them, and what they keep.
+
+        In the masked model their statistics run over what is kept, and so they give what the smaller norm gives.
+        """
+        kinds = {nn.LayerNorm: "native_layer_norm", nn.RMSNorm: "_fused_rms_norm"}
+        return {
+            f"{kinds[type(module)]} in {path}": torch.as_tensor(self.kept[f"{path}.weight"][0])
+            for path, module in self.model.named_modules()
+            if type(module) in kinds and len(module.normalized_shape) == 1 and f"{path}.weight" in self.kept
+        }
+
+    @contextmanager
+    def _kept_norms(self) -> Iterator[None]:
+        """Norms over features leave out what is removed."""
+        held: list[tuple[nn.Module, Any]] = []
+        for name, index in self.norms.items():
+            module = self.model.get_submodule(name.partition(" in ")[2])
+            held.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = partial(_norm_over, module, index)
+        try:
+            yield
+        finally:
+            for module, forward in held:
+                del module.__dict__["forward"]
+                if forward is not None:
+                    module.__dict__["forward"] = forward
 
     @contextmanager
     def _in_passing(self) -> Iterator[None]:
@@ -137,6 +167,18 @@ class MaskedModel:
                 hook.remove()
             for module in list(held):
                 leave(module, None, None)
+
+
+def _norm_over(module: Any, index: Tensor, x: Tensor) -> Tensor:
+    """A norm over some of the features of x (..., features) only; the others become zero."""
+    index = index.to(x.device)
+    weight = module.weight[index]
+    if isinstance(module, nn.LayerNorm):
+        bias = None if module.bias is None else module.bias[index]
+        part = F.layer_norm(x[..., index], (len(index),), weight, bias, module.eps)
+    else:
+        part = F.rms_norm(x[..., index], (len(index),), weight, module.eps)
+    return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part)
 
 
 def compare_shapes(expected: Any, actual: Any) -> None:

@@ -254,7 +254,9 @@ def _attempt(
     counts = groups.counts(alive)
     with undisturbed(model):
         model.eval()
-        check = _Check.of(model, groups, kept, calls, compare=verify and all(group.exact for group in touched))
+        masked = MaskedModel(model, kept, groups.unmasked, groups.own)
+        compare = verify and all(group.exact or masked.norms.keys() >= set(group.mixing) for group in touched)
+        check = _Check.of(masked, groups, calls, compare=compare)
         change = shrink(model, kept, optimizers, counts=counts, numbers=_numbers(model, groups, alive, kept, tensors))
         change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
@@ -313,9 +315,8 @@ class _Check:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        masked: MaskedModel,
         groups: Groups,
-        kept: Mapping[str, Mapping[int, Tensor]],
         calls: Sequence[ModuleCall] | None,
         *,
         compare: bool,
@@ -325,7 +326,6 @@ class _Check:
             calls = [call for call in groups.calls if call.repeatable]
         if not compare:
             return cls(calls, [None] * len(calls))
-        masked = MaskedModel(model, kept, groups.unmasked, groups.own)
         return _on_smaller_images(masked, groups, calls) or cls(*_run_masked(masked, calls))
 
     def passes(self, model: nn.Module, groups: Groups, alive: Tensor) -> list[SizePatch]:

@@ -2,27 +2,68 @@ from typing import Any
 
 import pytest
 import torch
-from networks import build_case, cases, forward, masked_twin
+from networks import Snapshot, build_case, cases, forward, masked_twin
+from torch import Tensor, nn
 
 from lightning_prune import SurgeryError, find_groups
-from lightning_prune.graph.verify import TOLERANCE, compare_outputs, masked_outputs, masked_tensors
+from lightning_prune.graph.verify import TOLERANCE, MaskedModel, compare_outputs, masked_tensors
 from lightning_prune.pruning.surgery import named_tensors
 
 ONE = torch.tensor([1.0, -2.0], dtype=torch.float64)
 NAN, INF = float("nan"), float("inf")
 
 
-@cases(["article", "resnet", "tied_square", "batch_norm_plain", "buffers", "dense"])
-def test_masked_outputs_are_those_of_the_twin_made_by_hand(name: str) -> None:
+@pytest.mark.parametrize("large", [MaskedModel.LARGE, 0], ids=["at once", "in passing"])
+@cases(["article", "resnet", "tied_square", "batch_norm_plain", "buffers", "dense", "picked", "attention", "recurrent"])
+def test_masked_outputs_are_those_of_the_twin_made_by_hand(
+    name: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if large parameters are masked one after the other, in the same memory, while their module runs."""
+    monkeypatch.setattr(MaskedModel, "LARGE", large)
     model, x = build_case(name)
     groups = find_groups(model, x)
     alive = torch.arange(groups.neurons) % 3 > 0
     kept = groups.kept(alive)
-    before = {key: tensor.clone() for key, tensor in named_tensors(model).items()}
     model.eval()
-    outputs = masked_outputs(model, masked_tensors(named_tensors(model), kept), groups.calls)
-    assert torch.equal(outputs[0], forward(masked_twin(model, kept).eval(), x)[0])
-    assert all(torch.equal(tensor, before[key]) for key, tensor in named_tensors(model).items())
+    snapshot = Snapshot(model)
+    masked = MaskedModel(model, kept, groups.unmasked, groups.own)
+    twin = masked_twin(model, kept).eval()
+    for _ in range(2):
+        assert torch.equal(masked.outputs(groups.calls)[0], forward(twin, x)[0])
+        snapshot.assert_unchanged()
+
+
+def test_a_masked_model_that_fails_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MaskedModel, "LARGE", 0)
+    model, x = build_case("mlp")
+    groups = find_groups(model, x)
+    alive = torch.arange(groups.neurons) % 3 > 0
+    left: list[Tensor] = []
+
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        left.append(module.weight.detach().clone())
+        raise ValueError("no")
+
+    snapshot = Snapshot(model)
+    handle = model[0].register_forward_hook(fail)
+    with pytest.raises(ValueError, match="no"):
+        MaskedModel(model, groups.kept(alive), groups.unmasked, groups.own).outputs(groups.calls)
+    handle.remove()
+    assert int(left[0].eq(0).all(1).sum()) > 0  # it ran masked
+    snapshot.assert_unchanged()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_masked_tensors_are_zero_where_nothing_is_kept_but_for_indices_and_what_is_to_stay() -> None:
+    whole = {"w": torch.ones(3, 4), "i": torch.arange(4), "v": torch.ones(3, 2), "c": torch.ones(4, dtype=torch.cfloat)}
+    kept = {"w": {0: [0, 2], 1: torch.tensor([1, 2])}, "i": {0: [0]}, "v": {0: [1], 1: [0]}, "c": {0: [3]}}
+    masked = masked_tensors(whole, kept, {("v", 0)})
+    assert {name: tensor.tolist() for name, tensor in masked.items()} == {
+        "w": [[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]],
+        "v": [[1, 0], [1, 0], [1, 0]],
+        "c": [0, 0, 0, 1],
+    }
+    assert all(bool(tensor.all()) for name, tensor in whole.items() if name != "i")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +93,7 @@ def test_outputs_that_agree(expected: Any, actual: Any) -> None:
         (ONE, torch.tensor([1.0, NAN], dtype=torch.float64), "output 0 differs"),
         (torch.tensor([INF, 1.0]), torch.tensor([1.0, 1.0]), "output 0 differs"),
         (torch.zeros(2), torch.full((2,), 1e-9), "output 0 differs"),
+        (torch.complex(ONE, ONE), torch.complex(ONE, -ONE), "output 0 differs"),
     ],
 )
 def test_outputs_that_differ(expected: Any, actual: Any, message: str) -> None:

@@ -62,7 +62,7 @@ def test_layers_add_up(name: str) -> None:
     assert cost.bytes == 8 * n_params(model) + sum(buffers.values())
     if name == "tied_square":  # each layer tells what it holds, the model counts what is shared once
         assert sum(layer.params for layer in cost.layers.values()) == cost.params + 36
-    elif name not in ("tied_transposed", "matmul", "attention_scores"):  # these multiply outside of their layers
+    elif name not in ("tied_transposed", "matmul", "attention_scores", "heads"):  # these multiply outside of their layers
         assert sum(layer.params for layer in cost.layers.values()) == cost.params
         assert sum(layer.macs for layer in cost.layers.values()) == cost.macs
         assert sum(layer.nonzero for layer in cost.layers.values()) == cost.nonzero
@@ -156,3 +156,14 @@ def test_calls_of_parts_count_under_the_names_that_the_parts_have_in_the_model()
         "net.2": 144,
         "head": 10,
     }
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_torchs_own_attention_counts_its_projections_and_products(context: Any, train: bool) -> None:
+    """Without gradients, in evaluation mode, torch runs it as one fused call."""
+    layer = nn.TransformerEncoderLayer(12, 4, 20, batch_first=True).double().train(train)
+    attention = 4 * 12 * 12 + 2 * 5 * 12
+    with context():
+        assert count_cost(layer.self_attn, (inputs((5, 12)),) * 3).macs == 2 * 5 * attention
+        assert count_cost(layer, inputs((5, 12))).macs == 2 * 5 * (attention + 2 * 12 * 20)
