@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
-from lightning_prune.pruning.surgery import fit_shapes, fits
+from lightning_prune.pruning.surgery import Numbers, fit_shapes, fits
 
 __all__ = ["load_pruned", "save_pruned"]
 
@@ -56,10 +56,31 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         seen[id(tensor)] = name
         shapes[name] = list(tensor.shape)
         _encode(name, tensor.detach().cpu().contiguous(), stored)
-    patches = [patch.to_dict() for patch in installed_patches(model)]
-    content = json.dumps({"shapes": shapes, "aliases": aliases, "patches": patches, "transient": list(transient)})
+    content = json.dumps(
+        {
+            "shapes": shapes,
+            "aliases": aliases,
+            "patches": [patch.to_dict() for patch in installed_patches(model)],
+            "transient": list(transient),
+            "numbers": _numbers(model),
+        }
+    )
     checksum = _checksum(content, stored)
     save_file(stored, path, metadata={"lightning_prune": FORMAT, "content": content, "checksum": checksum})
+
+
+def _numbers(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
+    """The integers that modules hold, by path: numbers of heads and groups are in no tensor's shape."""
+    found: dict[str, dict[str, int | list[int]]] = {}
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name.startswith("_"):
+                continue
+            if type(value) is int:
+                found.setdefault(path, {})[name] = value
+            elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+                found.setdefault(path, {})[name] = list(value)
+    return found
 
 
 def _transient(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,7 +136,7 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         PruningError: The file is damaged or no file of ours, or it doesn't fit the model; ``model`` is untouched.
     """
-    state, transient, patches = _read(path)
+    state, transient, patches, numbers = _read(path)
     expected = model.state_dict()
     if set(state) != set(expected):
         missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
@@ -124,7 +145,8 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     transient = {  # one of another shape is a cache that the forward fills, not something that was pruned
         name: value for name, value in transient.items() if name in buffers and fits(value.shape, buffers[name].shape)
     }
-    change = fit_shapes(model, {name: list(tensor.shape) for name, tensor in (state | transient).items()})
+    shapes = {name: list(tensor.shape) for name, tensor in (state | transient).items()}
+    change = fit_shapes(model, shapes, _fitting(model, numbers))
     before = installed_patches(model)
     values = [(tensor, tensor.detach().clone()) for tensor in named_tensors(model).values()]
     try:
@@ -144,8 +166,18 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     return model
 
 
-def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch]]:
-    """The state dict, the buffers beside it and the patches."""
+def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
+    """Those of the saved integers that the model holds too, in the same places."""
+    own = _numbers(model)
+    return {
+        path: {name: value for name, value in named.items() if type(own.get(path, {}).get(name)) is type(value)}
+        for path, named in numbers.items()
+        if path in own
+    }
+
+
+def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers]:
+    """The state dict, the buffers beside it, the patches and the integers that modules hold."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
@@ -161,6 +193,7 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tenso
         state = {name: _decode(name, shape, stored) for name, shape in content["shapes"].items()}
         state.update({name: state[first] for name, first in content["aliases"].items()})
         transient = {name: state.pop(name) for name in content["transient"]}
-        return state, transient, [SizePatch.from_dict(patch) for patch in content["patches"]]
+        patches = [SizePatch.from_dict(patch) for patch in content["patches"]]
+        return state, transient, patches, content.get("numbers", {})
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error

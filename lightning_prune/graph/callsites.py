@@ -310,6 +310,8 @@ class SizeChecker(TorchFunctionMode):
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
                 if kind.together and (wrong or len(given) != len(expected)):
                     wrong = dict(expected)
+                if kind.infers and len(wrong) == 1 and -1 not in given.values():
+                    wrong = dict.fromkeys(wrong, -1)
                 if wrong:
                     self.wrong.setdefault(site, {}).update(wrong)
                     func, args, kwargs = kind.write(func, args, kwargs, wrong)
@@ -357,11 +359,24 @@ class Number(int):
 
 
 class Attribute(Number):
-    """A number that remembers which attribute of which module it was read from."""
+    """A number that remembers which attribute of which module it was read from, also after a multiplication.
+
+    ``x.view(batch * self.num_heads, -1)`` asks for a multiple of it.
+    """
 
     module: str
     name: str
     place: int | None
+    factor: int = 1
+
+    def __mul__(self, other: Any) -> Any:
+        if type(other) is not int:
+            return super().__mul__(other)
+        product = Attribute(int(self) * other)
+        product.__dict__.update(self.__dict__, factor=self.factor * other)
+        return product
+
+    __rmul__ = __mul__
 
 
 def watched_size(size: int, told: Callable[[], None]) -> Number:

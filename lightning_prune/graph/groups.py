@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -155,7 +155,7 @@ class Groups(Sequence[Group]):
         shapes: Shapes of the parameters and buffers.
         parameters: Names of the parameters.
         sized: What the sizes in calls count.
-        attributes: What the integers that modules hold count, each time that one was used as a size.
+        attributes: What multiples of the integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with.
         constants: Buffers that hold indices, and what they count along.
         unmasked: Dimensions that a masked model leaves as they are.
@@ -171,7 +171,7 @@ class Groups(Sequence[Group]):
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
     sized: dict[tuple[CallSite, int], Extent]
-    attributes: dict[AttributeSite, tuple[Extent, ...]]
+    attributes: dict[AttributeSite, tuple[tuple[Extent, int], ...]]
     numeric: frozenset[tuple[str, str]]
     constants: dict[str, Extent]
     unmasked: frozenset[tuple[str, int]]
@@ -228,12 +228,12 @@ class Groups(Sequence[Group]):
         calculates with: there the calls are rewritten.
         """
         result = {}
-        for site, extents in self.attributes.items():
+        for site, uses in self.attributes.items():
             if (site.module, site.name) in self.numeric:
                 continue
-            sizes = {len(extent.kept(alive)) for extent in extents}
-            if len(sizes) == 1:
-                result[site] = sizes.pop()
+            sizes = {divmod(len(extent.kept(alive)), times) for extent, times in uses}
+            if len(sizes) == 1 and not next(iter(sizes))[1]:
+                result[site] = sizes.pop()[0]
         return result
 
     def counts(self, alive: Tensor) -> dict[str, list[int]]:
@@ -320,31 +320,33 @@ class Groups(Sequence[Group]):
         return {
             "extents": {key: change(extent) for key, extent in self.extents.items()},
             "sized": {key: change(extent) for key, extent in self.sized.items()},
-            "attributes": {key: tuple(map(change, extents)) for key, extents in self.attributes.items()},
+            "attributes": {
+                key: tuple((change(extent), times) for extent, times in uses) for key, uses in self.attributes.items()
+            },
             "constants": {key: change(extent) for key, extent in self.constants.items()},
         }
 
-    def refuse(self, numbers: Sequence[int], reason: str) -> Groups:
+    def refuse(self, reasons: Mapping[int, str]) -> Groups:
         """The groups if some of the prunable ones can't go as they are: along another axis, or not at all."""
         if self.origin is None:
-            return self._freeze(numbers, reason)
-        for number in numbers:
+            return self._freeze(reasons)
+        for number, reason in reasons.items():
             neurons = self.ranges[number]
             roots = self.origin.roots[neurons.start : neurons.stop]
             self.origin.trace.book.reconsider(self.origin.solution, roots, reason)
         return draw_groups(self.origin.trace)
 
-    def _freeze(self, numbers: Sequence[int], reason: str) -> Groups:
+    def _freeze(self, reasons: Mapping[int, str]) -> Groups:
         stays = torch.ones(self.neurons, dtype=torch.bool)
-        for number in numbers:
+        for number in reasons:
             stays[self.ranges[number].start : self.ranges[number].stop] = False
         renumber = torch.where(stays, torch.cumsum(stays, 0) - 1, NO_UNIT)
 
         def change(extent: Extent) -> Extent:
             return Extent(torch.where(extent.unit_of == NO_UNIT, NO_UNIT, renumber[extent.unit_of.clamp(min=0)]))
 
-        refused = [replace(self.prunable[number], frozen=reason, mixing=()) for number in numbers]
-        left = [group for number, group in enumerate(self.prunable) if number not in numbers]
+        refused = [replace(self.prunable[number], frozen=reason, mixing=()) for number, reason in reasons.items()]
+        left = [group for number, group in enumerate(self.prunable) if number not in reasons]
         return replace(
             self,
             groups=(*left, *self.frozen, *refused),
@@ -503,7 +505,9 @@ def _assemble(
         shapes=dict(trace.shapes),
         parameters=frozenset(trace.parameters),
         sized={key: extent(labels) for key, labels in trace.sized.items()},
-        attributes={key: tuple(map(extent, every)) for key, every in trace.attributes.items()},
+        attributes={
+            key: tuple((extent(labels), times) for labels, times in uses) for key, uses in trace.attributes.items()
+        },
         numeric=frozenset(trace.numeric),
         constants={key: extent(labels) for key, labels in trace.constants.items()},
         unmasked=frozenset(trace.unmasked),

@@ -7,7 +7,7 @@ hold numbers that a removal changes. One entry of the table per kind of function
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ class SizedFunction:
             the operation says so itself.
         picks: Whether the result may hold part of the input's indices, between bounds that are among the sizes.
         together: Whether one wrong size means that all are written.
+        infers: Whether one size may be left to torch, as -1: it may be a multiple of the batch.
     """
 
     functions: tuple[Callable[..., Any], ...]
@@ -43,6 +44,7 @@ class SizedFunction:
     extents: Callable[[Callable[[Tensor], Dims], tuple[Any, ...], dict[str, Any], Any], dict[int, Tensor]] | None = None
     picks: bool = False
     together: bool = False
+    infers: bool = False
 
 
 def _is_size(item: Any) -> bool:
@@ -98,8 +100,8 @@ def _shape_at(place: int) -> SizedFunction:
     return SizedFunction((), find, write, extents)
 
 
-def _kind(kind: SizedFunction, *functions: Callable[..., Any]) -> SizedFunction:
-    return SizedFunction(functions, kind.read, kind.write, kind.extents, kind.picks)
+def _kind(kind: SizedFunction, *functions: Callable[..., Any], infers: bool = False) -> SizedFunction:
+    return replace(kind, functions=functions, infers=infers)
 
 
 def _unflatten_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
@@ -286,7 +288,8 @@ def _repeats_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int
     """Where there was one index, the number of times is the size."""
     sizes = _repeats.read(args, kwargs)
     first = result.dim() - len(sizes)
-    had = [1] * (result.dim() - args[0].dim()) + list(args[0].shape)
+    source = _input(args, kwargs)
+    had = [1] * (result.dim() - source.dim()) + list(source.shape)
     labels = dims(result)
     places = range(len(sizes))
     return {at: each for at in places if had[first + at] == 1 and (each := labels[first + at]) is not None}
@@ -340,16 +343,14 @@ _shifts = _numbers(1, "shifts")
 _item = SizedFunction((), _item_sizes, _item_write, _item_extents, picks=True)
 
 SIZED_FUNCTIONS: dict[str, SizedFunction] = {
-    "view": _kind(_shape_at(1), Tensor.view),
-    "reshape": _kind(_shape_at(1), Tensor.reshape, torch.reshape),
+    "view": _kind(_shape_at(1), Tensor.view, infers=True),
+    "reshape": _kind(_shape_at(1), Tensor.reshape, torch.reshape, infers=True),
     "expand": _kind(_shape_at(1), Tensor.expand, torch.broadcast_to, Tensor.broadcast_to),
     "repeat": SizedFunction((Tensor.repeat, torch.tile, Tensor.tile), _repeats.read, _repeats.write, _repeats_extents),
     "unflatten": SizedFunction(
         (Tensor.unflatten, torch.unflatten), _unflatten_sizes, _unflatten_write, _unflatten_extents
     ),
-    "zeros": _kind(
-        _shape_at(0), torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full, torch.normal
-    ),
+    "zeros": _kind(_shape_at(0), torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full),
     "new_zeros": _kind(_shape_at(1), Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full),
     "split": _pieces(
         "sizes", torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes, torch.unsafe_split

@@ -79,7 +79,7 @@ class Trace:
         parameters: Names of the parameters.
         book: The labels and what is known of them.
         sized: What the sizes in calls count.
-        attributes: What integers that modules hold count, each time that one was used as a size.
+        attributes: What multiples of integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with: these must not change.
         constants: Buffers that hold indices, and what they count along.
         unmasked: Dimensions of parameters that a masked model leaves as they are.
@@ -94,7 +94,7 @@ class Trace:
     parameters: set[str] = field(default_factory=set)
     book: LabelBook = field(default_factory=LabelBook)
     sized: dict[tuple[CallSite, int], Tensor] = field(default_factory=dict)
-    attributes: dict[AttributeSite, list[Tensor]] = field(default_factory=dict)
+    attributes: dict[AttributeSite, list[tuple[Tensor, int]]] = field(default_factory=dict)
     numeric: set[tuple[str, str]] = field(default_factory=set)
     constants: dict[str, Tensor] = field(default_factory=dict)
     unmasked: set[tuple[str, int]] = field(default_factory=set)
@@ -230,7 +230,7 @@ class Tracer:
             channel = 0 if unbatched == args[0].dim() else 1
             labels = self._labels_of(args[0])[channel] if args[0].dim() > channel else None
             if labels is not None:
-                self.trace.attributes.setdefault(AttributeSite(path, "num_features"), []).append(labels)
+                self.trace.attributes.setdefault(AttributeSite(path, "num_features"), []).append((labels, 1))
 
     def _is_outside(self, inputs: Any) -> bool:
         return not any(tensor in self._known for tensor in tensors(inputs))
@@ -357,9 +357,8 @@ class Tracer:
                 continue
             if isinstance(given[place], Attribute):
                 marked = given[place]
-                self.trace.attributes.setdefault(AttributeSite(marked.module, marked.name, marked.place), []).append(
-                    labels
-                )
+                read_from = AttributeSite(marked.module, marked.name, marked.place)
+                self.trace.attributes.setdefault(read_from, []).append((labels, marked.factor))
             known_labels = self.trace.sized.setdefault((site, place), labels)
             if len(known_labels) == len(labels):  # the module runs more than once: one patch must serve all runs
                 self.trace.book.unify(known_labels, labels, "")

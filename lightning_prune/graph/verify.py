@@ -71,7 +71,7 @@ class MaskedModel:
         tensors = named_tensors(self.model)
         found: dict[str, list[str]] = {}
         for name in self.kept:
-            if name in self.own and tensors[name].numel() > self.LARGE and tensors[name].is_floating_point():
+            if name in self.own and tensors[name].numel() > self.LARGE and isinstance(tensors[name], nn.Parameter):
                 found.setdefault(name.rpartition(".")[0], []).append(name)
         modules = dict(self.model.named_modules())
         return {

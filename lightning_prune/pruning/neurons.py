@@ -166,46 +166,50 @@ def remove_chosen(
             return Plan({}, {}), groups, alive
         try:
             plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
-        except SurgeryError as error:
+        except SurgeryError:
             faulty = _faulty(model, groups, alive, verify)
             if not faulty:
                 raise
-            cause = str(error.__cause__ or error).splitlines()[0]
-            groups = groups.refuse(faulty, f"its removal fails: {cause}")
+            groups = groups.refuse(faulty)
         else:
             return plan, groups, alive
 
 
-def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> list[int]:
-    """The groups without which a removal succeeds, found by halving; nothing is removed."""
+def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> dict[int, str]:
+    """The groups without which a removal succeeds, found by halving, each with a reason; nothing is removed."""
     touched = [
         number for number, numbers in enumerate(groups.ranges) if not bool(alive[numbers.start : numbers.stop].all())
     ]
 
-    def works(numbers: Sequence[int]) -> bool:
+    reasons: dict[int, str] = {}
+
+    def works(numbers: Sequence[int], suspect: int | None) -> bool:
         some = torch.ones_like(alive)
         for number in numbers:
             neurons = groups.ranges[number]
             some[neurons.start : neurons.stop] = alive[neurons.start : neurons.stop]
         try:
             _attempt(model, groups, some, (), verify)[1].undo()
-        except SurgeryError:
+        except SurgeryError as error:
+            if suspect is not None:
+                reasons[suspect] = f"its removal fails: {str(error.__cause__ or error).splitlines()[0]}"
             return False
         return True
 
-    def search(good: list[int], candidates: list[int]) -> list[int]:
-        """Adds to ``good`` those of the candidates that work together with it; returns the others."""
-        if works([*good, *candidates]):
+    def search(good: list[int], candidates: list[int]) -> None:
+        """Adds to ``good`` those of the candidates that work together with it."""
+        alone = candidates[0] if len(candidates) == 1 else None
+        if works([*good, *candidates], alone):
             good += candidates
-            return []
-        if len(candidates) == 1:
-            return candidates
-        half = len(candidates) // 2
-        return search(good, candidates[:half]) + search(good, candidates[half:])
+        elif alone is None:
+            half = len(candidates) // 2
+            search(good, candidates[:half])
+            search(good, candidates[half:])
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the real attempt has said it
-        return search([], touched)
+        search([], touched)
+    return reasons
 
 
 def remove_neurons(
@@ -520,7 +524,7 @@ def _patch_sizes(
         outputs = run_calls(model, calls)
     before = {(patch.site, patch.dim): patch.size for patch in installed_patches(model)}
     patches = [
-        SizePatch(site, dim, size, before.get((site, dim)))
+        SizePatch(site, dim, checker.wrong.get(site, {}).get(dim, size), before.get((site, dim)))
         for site, dims in sizes.items()
         for dim, size in dims.items()
         if (dim in checker.wrong.get(site, ()))

@@ -126,7 +126,7 @@ def shrink(
             _replace(path, module, replaced, None if numbers is None else numbers.get(path, {}), change)
         for path, module in modules.items():
             if isinstance(module, nn.MultiheadAttention):
-                _narrow(path, module, kept, change)
+                _narrow(path, module, kept, (numbers or {}).get(path, {}), change)
         for optimizer in optimizers:
             _follow(optimizer, replaced, change)
     except BaseException:
@@ -190,7 +190,7 @@ def set_attribute(path: str, module: nn.Module, attribute: str, value: Value, ch
     module.__dict__[attribute] = value
 
 
-def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, change: Change) -> None:
+def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, numbers: Mapping[str, Value], change: Change) -> None:
     """Attention whose heads no longer add up to the width of its input needs a forward that lets them."""
     prefix = f"{path}." if path else ""
     packed = module.in_proj_weight is not None
@@ -202,6 +202,8 @@ def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, change: Change
         own = len(weight) // 3 if packed else len(weight)
         heads = len({int(row) // size for row in rows[:own]})
         size = own // heads
+    if isinstance(given := numbers.get("num_heads"), int):  # a record of what was done tells
+        heads, size = given, (len(weight) // 3 if packed else len(weight)) // given
     key: Any = weight if packed else module.k_proj_weight
     value: Any = weight if packed else module.v_proj_weight
     sizes = {"num_heads": heads, "head_dim": size, "embed_dim": weight.size(1)}
@@ -360,8 +362,13 @@ def fits(small: Sequence[int], large: Sequence[int]) -> bool:
     return len(small) == len(large) and all(a <= b for a, b in zip(small, large, strict=True))
 
 
-def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
+def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]], numbers: Numbers | None = None) -> Change:
     """Shrink a model's tensors to given shapes; which values they hold doesn't matter, others will be loaded.
+
+    Args:
+        model: The model.
+        shapes: Shapes of parameters and buffers.
+        numbers: Integers that its modules are to hold, where these are known.
 
     Returns:
         What was done, with ``undo()``.
@@ -379,7 +386,7 @@ def fit_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> Change:
                 f"{name!r} of shape {tuple(tensor.shape)} can't be pruned to {tuple(wanted)}: another architecture"
             )
         kept[name] = {dim: range(size) for dim, size in enumerate(wanted) if size != tensor.size(dim)}
-    return shrink(model, kept)
+    return shrink(model, kept, numbers=numbers)
 
 
 def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: Attributes) -> None:

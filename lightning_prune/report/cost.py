@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,7 +89,12 @@ def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
     counter = _MacCounter(stack)
     with undisturbed(model), stack.watch(), counter:
         model.eval()
-        run_calls(model, calls)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one call that no formula knows
+        try:
+            run_calls(model, calls)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     layers = {
         path: LayerCost(
             params=sum(p.numel() for p in module.parameters(recurse=False)),

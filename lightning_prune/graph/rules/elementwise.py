@@ -129,7 +129,8 @@ def _try_zeros(call: Call, zeros: tuple[int, ...]) -> tuple[bool, bool]:
     if not finite:  # by itself, as masked_fill with minus infinity is?
         numbers = iter(range(len(list(call.tensors()))))
         args, kwargs = pytree.tree_map(lambda leaf: stand_in(leaf, ()), (call.args, call.kwargs))
-        finite = not bool(pytree.tree_leaves(call.func(*args, **kwargs))[0].isfinite().all())
+        without = pytree.tree_leaves(call.func(*args, **kwargs))[0]
+        finite = not bool((without.isfinite() & ~values.isfinite()).any())
     return not bool(values.any()), finite
 
 
