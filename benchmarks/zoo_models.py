@@ -83,6 +83,15 @@ def detection_targets(batch: int) -> tuple[list[Tensor], list[dict[str, Tensor]]
     return (*detection_inputs(batch), [dict(target) for _ in range(batch)])
 
 
+def double_raft(model: nn.Module) -> nn.Module:
+    """RAFT makes coordinates in single precision whatever it is itself."""
+    from torchvision.models.optical_flow import raft
+
+    make = raft.make_coords_grid
+    raft.make_coords_grid = lambda *args, **kwargs: make(*args, **kwargs).double()
+    return model.double()
+
+
 def torchvision_entry(name: str) -> Entry:
     from torchvision import models
 
@@ -96,7 +105,7 @@ def torchvision_entry(name: str) -> Entry:
     if family == "video":
         return Entry(build, partial(one_tensor, _CLIPS.get(module, (3, 16, 112, 112))))
     if family == "optical_flow":
-        return Entry(build, partial(two_tensors, (3, 128, 128)))
+        return Entry(build, partial(two_tensors, (3, 128, 128)), double=double_raft)
     if name in {"googlenet", "inception_v3"}:
         build = partial(build, init_weights=False)  # the old initialization takes minutes
     size = 299 if name == "inception_v3" else 224

@@ -367,6 +367,7 @@ GRAPHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Net(lambda n, x: n.b(n.a(x)), a=nn.Linear(4, 6), b=nn.Linear(6, 2), never=nn.Linear(6, 6)), (4,)),
 }  # fmt: skip
 
+
 class Wide(nn.Module):
     """Sizes held as attributes, also in a tuple; one that the forward calculates with."""
 

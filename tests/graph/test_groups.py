@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import Plan, PruningError, count_cost, find_groups, prune_neurons
+from lightning_prune.graph.callsites import installed_patches
 from lightning_prune.graph.groups import Extent, Group, Groups
 from lightning_prune.pruning.neurons import remove_neurons
 
@@ -42,11 +43,20 @@ def as_units(table: Mapping[Any, Extent]) -> dict[Any, list[int]]:
 
 
 def written(groups: Groups, alive: Tensor, model: nn.Module) -> dict[Any, int]:
-    """Sizes in calls and attributes. One of nothing counts nothing; those of torch's attention follow from its weights."""
+    """Sizes in calls and attributes.
+
+    One of nothing counts nothing; those of torch's attention follow from its weights; one that a patch leaves to torch
+    (-1) is not written any more.
+    """
+    inferred = {(patch.site, patch.dim) for patch in installed_patches(model) if patch.size == -1}
     own = {path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     sizes = {(site, dim): size for site, dims in groups.sizes(alive).items() for dim, size in dims.items()}
     sizes |= {(site, 0): size for site, size in groups.numbers(alive).items()}
-    return {(site, dim): size for (site, dim), size in sizes.items() if size and site.module not in own}
+    return {
+        (site, dim): size
+        for (site, dim), size in sizes.items()
+        if size and site.module not in own and (site, dim) not in inferred
+    }
 
 
 def random_alive(groups: Groups, seed: int, least: int = 2) -> Tensor:

@@ -139,7 +139,6 @@ CASES: dict[str, list[Case]] = {
         ]),
         Case([2, 8], {1: 5}, lambda x: torch.empty(2, 5), [
             lambda x: torch.empty(2, 8), lambda x: torch.rand(2, 8), lambda x: torch.randn((2, 8)),
-            lambda x: torch.normal(0.0, 1.0, (2, 8)), lambda x: torch.normal(0, 1, size=(2, 8)),
         ], values=False),
     ],
     "new_zeros": [
@@ -421,7 +420,7 @@ def test_a_size_counts_as_many_labels_as_it_says(name: str, case: Case, spelling
     kind = SIZED_FUNCTIONS[name]
     if kind.extents is None:
         return
-    func, args, kwargs = caught(spelling, x)
+    _func, args, kwargs = caught(spelling, x)
     result = spelling(x)
     read = kind.read(args, kwargs)
     found = kind.extents(lambda tensor: tuple(map(torch.arange, tensor.shape)), args, kwargs, result)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lightning_prune import SurgeryError, find_groups
 from lightning_prune.graph.verify import TOLERANCE, MaskedModel, compare_outputs, masked_tensors
-from lightning_prune.pruning.surgery import named_tensors
 
 ONE = torch.tensor([1.0, -2.0], dtype=torch.float64)
 NAN, INF = float("nan"), float("inf")

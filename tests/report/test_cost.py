@@ -62,7 +62,12 @@ def test_layers_add_up(name: str) -> None:
     assert cost.bytes == 8 * n_params(model) + sum(buffers.values())
     if name == "tied_square":  # each layer tells what it holds, the model counts what is shared once
         assert sum(layer.params for layer in cost.layers.values()) == cost.params + 36
-    elif name not in ("tied_transposed", "matmul", "attention_scores", "heads"):  # these multiply outside of their layers
+    elif name not in (
+        "tied_transposed",
+        "matmul",
+        "attention_scores",
+        "heads",
+    ):  # these multiply outside of their layers
         assert sum(layer.params for layer in cost.layers.values()) == cost.params
         assert sum(layer.macs for layer in cost.layers.values()) == cost.macs
         assert sum(layer.nonzero for layer in cost.layers.values()) == cost.nonzero
