@@ -98,10 +98,10 @@ class NarrowAttention:
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         module = self.module
         if module.in_proj_weight is not None:
-            weights = list(module.in_proj_weight.chunk(3))
+            weights = list(module.in_proj_weight.unflatten(0, (3, -1)).unbind())  # the same rows go from all three
         else:
             weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-        biases = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.chunk(3))
+        biases = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.unflatten(0, (3, -1)).unbind())
         return [F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
 
 
