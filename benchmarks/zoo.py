@@ -142,6 +142,7 @@ def print_table(rows: Sequence[Row], options: Options, *, scaling: bool) -> None
     }
     if not options.dense:
         numbers |= {
+            "left": lambda r: number(r["params_after"] / r["params"]) if "params_after" in r else "",
             "groups s": lambda r: number(r.get("groups_s")),
             "prune s": lambda r: number(r.get("prune_s")),
             "forward MB": lambda r: number(r.get("forward_mb"), 0),

@@ -139,7 +139,12 @@ def test_integers_are_marked_inside_and_the_same_objects_again_outside() -> None
         assert [(item.name, item.place) for item in model.pair] == [("pair", 0), ("pair", 1)]
         assert isinstance(model.inner.in_features, Attribute)
         assert (model.inner.in_features.module, model.inner.in_features.name) == ("inner", "in_features")
-        assert {type(value) for value in (model.flag, model.ratio, model.text, model.none)} == {bool, float, str, type(None)}
+        assert {type(value) for value in (model.flag, model.ratio, model.text, model.none)} == {
+            bool,
+            float,
+            str,
+            type(None),
+        }
         assert not any(isinstance(item, Attribute) for item in (*model.mixed, *model.empty))
         assert (model.width, model.pair, model.sizes) == (8, (8, 3), [2, 3])
     after = {path: module.__dict__ for path, module in model.named_modules()}
@@ -363,7 +368,9 @@ def test_an_attribute_that_tells_a_width_tells_the_truth_though_the_forward_does
 
 def test_a_width_that_could_be_one_of_two_is_left_alone() -> None:
     def make() -> nn.Module:
-        net = Net(lambda n, x: n.c(n.b(n.a(x).flatten(1)).tanh()), a=nn.Conv2d(3, 8, 3), b=nn.Linear(72, 8), c=nn.Linear(8, 2))
+        net = Net(
+            lambda n, x: n.c(n.b(n.a(x).flatten(1)).tanh()), a=nn.Conv2d(3, 8, 3), b=nn.Linear(72, 8), c=nn.Linear(8, 2)
+        )
         net.width = 8
         return net
 

@@ -217,7 +217,10 @@ class Attending(nn.Module):
 
     def __init__(self, call: dict[str, Any], **options: Any) -> None:
         super().__init__()
-        self.enter, self.attention = nn.Linear(6, WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options)
+        self.enter, self.attention = (
+            nn.Linear(6, WIDTH),
+            nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **options),
+        )
         self.memory = nn.Linear(6, self.attention.kdim)
         self.values = nn.Linear(6, self.attention.vdim)
         self.leave = nn.Linear(WIDTH, 2)
@@ -251,7 +254,9 @@ def test_heads_are_pruned_and_equal_masking(name: str) -> None:
         plan = plan.then(prune_neurons(model, x, 0.3, include="attention", scope="layer"))
     assert isinstance(model.attention.__dict__["forward"], NarrowAttention)
     assert not plan.approximate
-    assert (model.attention.num_heads, model.attention.head_dim) == ((HEADS, 2) if call.get("need_weights", True) else (1, 4))
+    assert (model.attention.num_heads, model.attention.head_dim) == (
+        (HEADS, 2) if call.get("need_weights", True) else (1, 4)
+    )
     assert model.attention.forward.scale == (WIDTH // HEADS) ** -0.5
     assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((4, 6), 5), modes=("train",))
     fresh = copy.deepcopy(dense)
