@@ -358,6 +358,38 @@ def test_an_amount_out_of_reach_is_refused_before_the_first_step(of: str) -> Non
     assert hidden(other.net) <= 2
 
 
+class InsistsOnTwelve(nn.Module):
+    """Insists on the width that it was made with, in a way that no trace can see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(1) != int("12"):
+            raise ValueError("twelve")
+        return x
+
+
+@pytest.mark.parametrize("of", ["neurons", "params", "macs"])
+@pytest.mark.parametrize("schedule", ["one_shot", "linear"])
+def test_a_group_whose_removal_fails_is_left_alone_and_training_goes_on(schedule: str, of: str) -> None:
+    """The amount is then of what can go, as in `prune_neurons`."""
+    module = seeded(lambda: Task(mlp(6, 12, 60, 40, 4)))
+    module.net.insert(1, InsistsOnTwelve())
+    dense = count_cost(module.net, torch.rand(1, 6))
+    callback = neurons(0.5, of=of, scope="layer", schedule=schedule)
+    trainer = fit(module, callback, max_epochs=4)
+    assert trainer.current_epoch == 4
+    assert module.net[0].out_features == 12
+    assert callback.plan_.frozen["net.0.weight[0]"] == "its removal fails: twelve"
+    if of == "neurons":
+        assert module.net[3].out_features + module.net[5].out_features == 50
+    else:
+        cost = count_cost(module.net, torch.rand(1, 6))
+        assert 0.45 * getattr(dense, of) <= getattr(cost, of) <= 0.5 * getattr(dense, of)
+    fresh = seeded(lambda: Task(mlp(6, 12, 60, 40, 4)))
+    fresh.net.insert(1, InsistsOnTwelve())
+    callback.plan_.apply(fresh)
+    assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in module.named_parameters()}
+
+
 # -- Law 2: training after removal equals training the masked twin ---------------------------------------------
 
 

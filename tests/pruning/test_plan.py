@@ -13,8 +13,21 @@ from torch import nn
 
 from lightning_prune import Plan, PruningError, prune_neurons
 from lightning_prune.graph.callsites import CallSite, SizePatch, installed_patches
+from lightning_prune.pruning.surgery import named_tensors
 
 NAMES = ["article", "resnet", "views", "nested", "concat_input", "tied_square", "depthwise2d", "buffers", "batch_norm"]
+NAMES += [
+    "attributes",
+    "heads",
+    "attention",
+    "grouped",
+    "grouped_transposed",
+    "group_norm",
+    "cut",
+    "shuffle",
+    "picked",
+    "lstm",
+]
 
 
 def pruned(name: str) -> tuple[nn.Module, nn.Module, torch.Tensor, Plan]:
@@ -38,6 +51,38 @@ def test_a_plan_gives_a_fresh_model_the_same_architecture_and_weights(name: str)
     plan.apply(other)
     other.load_state_dict(model.state_dict())
     assert_same_outputs(other, model, x)
+
+
+@cases(NAMES)
+def test_a_plan_that_is_taken_back_gives_the_dense_architecture(name: str) -> None:
+    dense, model, x, plan = pruned(name)
+    plan.take_back(model)
+    assert repr(model) == repr(dense)
+    assert installed_patches(model) == []
+    assert sizes(model) == sizes(dense)
+    with torch.no_grad():
+        for name, tensor in named_tensors(model).items():  # also those that are in no state dict
+            tensor.copy_(named_tensors(dense)[name])
+    assert_same_outputs(model, dense, x)
+
+
+def sizes(model: nn.Module) -> dict[str, Any]:
+    """Shapes of tensors, and all integers that modules hold."""
+    shapes: dict[str, Any] = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+    for path, module in model.named_modules():
+        held = {key: value for key, value in module.__dict__.items() if isinstance(value, (int, tuple, list))}
+        shapes |= {f"{path}.{key}": value for key, value in held.items() if "_flat_weight" not in key}
+    return shapes
+
+
+def test_buffers_of_indices_count_anew() -> None:
+    """What they point at, and the ones that pointed at what is gone."""
+    dense, model, _, plan = pruned("picked")
+    order, left = dense.order.tolist(), plan.kept["a.weight"][0]
+    assert plan.counts == {"order": left}
+    assert model.order.tolist() == [left.index(i) for i in order if i in left]
+    assert plan.kept["order"] == {0: [at for at, i in enumerate(order) if i in left]}
+    assert model.order.dtype is torch.int64
 
 
 @cases(NAMES)
@@ -146,6 +191,11 @@ WHOLE = {"kept": {}, "shapes": {}, "attributes": {}, "patches": [], "approximate
         WHOLE | {"patches": [{"module": "", "function": "view", "call": "x", "dim": 0, "size": 1}]},
         WHOLE | {"patches": [{"module": "", "function": "view", "call": 0, "dim": None, "size": 1}]},
         WHOLE | {"approximate": 3},
+        WHOLE | {"counts": 3},
+        WHOLE | {"counts": {"order": 3}},
+        WHOLE | {"counts": {"order": ["x"]}},
+        WHOLE | {"patches": [{"module": "", "function": "view", "call": 0, "dim": 0, "size": 1, "before": "x"}]},
+        WHOLE | {"attributes": {"w": {"shape": [["x"], [1]]}}},
         WHOLE | {"frozen": "text"},
     ],
     ids=str,

@@ -12,6 +12,7 @@ from networks import (
     Snapshot,
     Tied,
     assert_close,
+    assert_same_outputs,
     build,
     build_case,
     cases,
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import PruningError, prune_neurons
-from lightning_prune.pruning.surgery import enlarge, named_tensors, shrink, take
+from lightning_prune.pruning.surgery import enlarge, fit_shapes, named_tensors, shrink, take
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 
@@ -365,6 +366,78 @@ def test_enlarge_gives_the_dense_architecture_back(name: str) -> None:
     enlarge(model, plan.shapes, plan.attributes)
     assert {key: t.shape for key, t in named_tensors(model).items()} == shapes
     assert repr(model) == text
+
+
+def test_indices_are_counted_anew_and_numbers_are_set_and_both_come_back() -> None:
+    def make() -> nn.Module:
+        net = Net(lambda n, x: x, buffers={"order": torch.tensor([3, 0, 2])}, inner=nn.Linear(4, 4))
+        net.width, net.pair, net.sizes = 4, (4, 9), [4, 9]
+        return net
+
+    model = build(make)
+    snapshot, pair, listed = Snapshot(model), model.pair, model.sizes
+    numbers = {"": {"width": 3, "pair": (3, 9), "sizes": (3, 9), "no_such": 3}, "inner": {"in_features": 3}}
+    change = shrink(model, {"order": {0: [0, 2]}}, counts={"order": [0, 2, 3]}, numbers=numbers)
+    assert model.order.tolist() == [2, 1]
+    assert (model.width, model.pair, model.sizes, model.inner.in_features) == (3, (3, 9), [3, 9], 3)
+    assert not hasattr(model, "no_such")
+    assert change.attributes == {
+        "": {"width": (4, 3), "pair": ((4, 9), (3, 9)), "sizes": ([4, 9], [3, 9])},
+        "inner": {"in_features": (4, 3)},
+    }
+    change.undo()
+    snapshot.assert_unchanged()
+    assert model.pair is pair
+    assert model.sizes is listed
+    change = shrink(model, {}, counts={"order": [0, 2, 3]})  # what they count along shrinks, they keep their length
+    assert model.order.tolist() == [2, 0, 1]
+    change.undo()
+    snapshot.assert_unchanged()
+    with pytest.raises(PruningError, match="no module 'nowhere'"):
+        shrink(model, {"order": {0: [0]}}, numbers={"nowhere": {"width": 1}})
+    with pytest.raises(PruningError, match="no parameter or buffer 'disorder'"):
+        shrink(model, {"order": {0: [0]}}, counts={"disorder": [0]})
+    snapshot.assert_unchanged()
+
+
+@cases(["grouped", "grouped_transposed", "depthwise2d", "group_norm", "lstm", "attention", "resnet", "batch_norm1d"])
+def test_shapes_alone_tell_torchs_layers_their_sizes(name: str) -> None:
+    """Another state will be loaded: which indices were kept is not known then."""
+    model, x = build_case(name)
+    fresh = copy.deepcopy(model)
+    prune_neurons(model, x, 0.4)
+    change = fit_shapes(fresh, {key: list(t.shape) for key, t in named_tensors(model).items()})
+    assert {key: t.shape for key, t in named_tensors(fresh).items()} == {
+        key: t.shape for key, t in named_tensors(model).items()
+    }
+    if name != "group_norm":  # its number of groups is in no shape
+        assert repr(fresh) == repr(model)
+        fresh.load_state_dict(model.state_dict())
+        assert_same_outputs(fresh, model, x)
+    dense = build_case(name)[0]
+    change.undo()
+    assert repr(fresh) == repr(dense)
+    fresh.load_state_dict(dense.state_dict())
+    assert_same_outputs(fresh, dense, x)
+
+
+def test_shapes_that_are_no_smaller_ones_are_refused() -> None:
+    model = build(resnet)
+    snapshot = Snapshot(model)
+    for shape in ([9, 3, 3, 3], [8, 3, 3], [8]):
+        with pytest.raises(PruningError, match="another architecture"):
+            fit_shapes(model, {"1.weight": [4], "0.weight": shape})
+        snapshot.assert_unchanged()
+
+
+def test_hooks_of_a_parameter_stay_on_it() -> None:
+    model, x = build_case("mlp")
+    heard: list[tuple[int, ...]] = []
+    model[0].weight.register_hook(lambda grad: heard.append(tuple(grad.shape)))
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: heard.append(tuple(p.grad.shape)))
+    prune_neurons(model, x, 0.5, include="0")
+    model(x).sum().backward()
+    assert heard == [tuple(model[0].weight.shape)] * 2
 
 
 def test_a_depthwise_layer_survives_down_to_one_channel() -> None:

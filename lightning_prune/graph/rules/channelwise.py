@@ -21,7 +21,9 @@ def batch_norm(call: Call) -> list[Dims]:
     weight = call.args[1]
     if isinstance(weight, Tensor) and dims[1] is not None:
         dims[1] = call.dims(weight)[0]  # a masked scale makes zero of whatever comes in
-    if any(given is True for given in call.args[3:6]):  # statistics over this very input, such as a weight that is standardised
+    if any(
+        given is True for given in call.args[3:6]
+    ):  # statistics over this very input, such as a weight that is standardised
         for dim in range(len(dims)):
             if dim != 1:
                 call.mix(dims[dim])
