@@ -221,9 +221,17 @@ class NeuronPruning(PruningCallback):
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
 
+        drawn, whole = self.groups_, self._dense
+
         def choose(groups: Groups) -> Tensor:
+            allowed = self._pick(groups)
+            if groups is not drawn and whole is not None:  # groups whose removal fails are no part of what can go
+                gone = set(drawn.keys) - set(groups.keys)
+                sizes = {key: size for key, size in whole.sizes.items() if key not in gone}
+                fewer = int(self._pick(drawn).sum()) - int(allowed.sum())
+                self._dense = replace(whole, neurons=whole.neurons - fewer, sizes=sizes)
             scores = get_criterion(self.criterion, NEURON_CRITERIA)(groups, named_tensors(pl_module))
-            alive: Tensor = trainer.strategy.broadcast(self._select(groups, self._pick(groups), scores, amount))
+            alive: Tensor = trainer.strategy.broadcast(self._select(groups, allowed, scores, amount))
             return alive
 
         plan, groups, alive = remove_chosen(

@@ -318,6 +318,9 @@ class SizeChecker(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_REPEATED = (int, list, tuple, str)
+
+
 class Number(int):
     """An integer that tells when a forward calculates with it: ``x / math.sqrt(x.size(-1))`` depends on its value.
 
@@ -346,10 +349,10 @@ class Number(int):
         return other ** self._number()
 
     def __mul__(self, other: Any) -> Any:
-        return int(self) * other if isinstance(other, int) else self._number() * other
+        return int(self) * other if isinstance(other, _REPEATED) else self._number() * other
 
     def __rmul__(self, other: Any) -> Any:
-        return other * int(self) if isinstance(other, int) else other * self._number()
+        return other * int(self) if isinstance(other, _REPEATED) else other * self._number()
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
@@ -393,6 +396,25 @@ def _marked(value: int, numeric: set[tuple[str, str]], module: str, name: str, p
     return marked
 
 
+def _holds_numbers(value: Any) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(item, Number) for item in inside)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Number):
+        return int(value)
+    if isinstance(value, dict):
+        value.update({key: _plain(item) for key, item in value.items()})
+        return value
+    if isinstance(value, list):
+        value[:] = map(_plain, value)
+        return value
+    if isinstance(value, torch.Size):
+        return torch.Size(map(_plain, value))
+    return tuple(map(_plain, value)) if type(value) is tuple else value
+
+
 @contextmanager
 def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterator[None]:
     """Inside, the integers that modules hold as attributes are `Attribute`; assignments of the forward's own stay.
@@ -416,11 +438,12 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
         yield
     finally:
         for held, name, value, marked in planted:
-            now = held.get(name)
-            if now is marked:
+            if held.get(name) is marked:
                 held[name] = value
-            elif isinstance(now, Attribute):
-                held[name] = int(now)
+        for module in model.modules():  # what the forward itself has kept
+            for name, value in list(module.__dict__.items()):
+                if _holds_numbers(value):
+                    module.__dict__[name] = _plain(value)
 
 
 class CallRecorder(TorchFunctionMode):
@@ -437,11 +460,13 @@ class CallRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = kind_of(func)
         if name is None:
-            for item in args:
+            for item in (*args, *kwargs.values()):
                 if isinstance(item, Number):  # such as x * self.width
                     item.told()
             result = func(*args, **kwargs)
-            return self.listener.size_read(args[0], result, args[1:]) if func in _SIZE_READERS else result
+            if func in _SIZE_READERS:
+                return self.listener.size_read(args[0], result, (*args[1:], *kwargs.values()))
+            return result
         kind, site = SIZED_FUNCTIONS[name], self.stack.site(name)
         with self.listener.calling(kind, site):
             result = func(*args, **kwargs)

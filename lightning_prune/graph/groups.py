@@ -410,6 +410,10 @@ def _draw(trace: Trace) -> tuple[Groups, list[Tensor]]:
     made = torch.zeros(trace.book.count, dtype=torch.bool)
     for labels in trace.book.made:
         made[labels] = True
+    for box, choice in reversed(list(zip(trace.book.boxes, solution.chosen, strict=True))):
+        axis = None if choice is None else box.axes[choice]
+        if axis is not None and int(box.cells.min()) < int(axis.min()) and bool(made[axis].any()):
+            made[box.cells.flatten()] = True  # a weight that was split before it made them
     places = [solution.root[leaf.labels] for leaf in trace.leaves]
     families = _families(trace, solution, made, places)
     makers = [bool(made[leaf.labels].any()) for leaf in trace.leaves]
