@@ -39,8 +39,13 @@ def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
             "example_inputs must be a tensor, a tuple of positional or a dict of keyword arguments, "
             f"got {type(example_inputs).__name__}"
         )
-    if not tensors((call.args, call.kwargs)):
+    given = tensors((call.args, call.kwargs))
+    if not given:
         raise PruningError("example_inputs holds no tensor")
+    if not any(tensor.numel() for tensor in given):
+        raise PruningError("example_inputs is empty: a batch of no example tells nothing about a model")
+    if any((t.is_floating_point() or t.is_complex()) and not bool(t.isfinite().all()) for t in given if not t.is_meta):
+        raise PruningError("example_inputs holds values that are not finite: no removal could be checked with them")
     return (call,)
 
 
@@ -58,7 +63,7 @@ def check_model(model: Any) -> None:
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers) or "FullyShardedDataParallel" in {cls.__name__ for cls in type(model).__mro__}:
         raise PruningError(
-            f"{kind} keeps buffers for the parameters of the model inside; prune model.module before it is wrapped, "
+            f"{kind} keeps buffers for the parameters of the model inside: prune the model first and wrap it then, "
             "or use the NeuronPruning callback, which keeps DDP up to date"
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):

@@ -248,8 +248,9 @@ class Tracer:
                 self.trace.readers.setdefault(name, set()).add(self._stack.path)
             known = self._known.get(tensor)
             static = static and known is not None and known.static
-            if known is not None and known.mixes and func is not _aten._local_scalar_dense.default:
-                self.trace.book.mixed.extend(known.mixes)  # a number that Python branches on is not followed
+            branch = func is _aten._local_scalar_dense.default and tensor.dtype is torch.bool
+            if known is not None and known.mixes and not branch:  # what Python branches on is not followed
+                self.trace.book.mixed.extend(known.mixes)
         if not _NO_SIZES.isdisjoint(func.tags):
             self.trace.data_dependent = True
         call = Call(

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_prune.errors import SurgeryError
@@ -90,13 +89,36 @@ class MaskedModel:
         """What the model's calls give."""
         modules = dict(self.model.named_modules())
         results = []
-        with self._in_passing(), self._kept_norms():
+        with self._standing_in(), self._in_passing(), self._kept_norms():
             for call in calls:
-                prefix = f"{call.path}." if call.path else ""
-                inside = {n.removeprefix(prefix): t for n, t in self._standing.items() if n.startswith(prefix)}
                 with torch.no_grad(), same_buffers(self.model):
-                    results.append(functional_call(modules[call.path], inside, call.args, call.kwargs))
+                    results.append(modules[call.path](*call.args, **call.kwargs))
         return results
+
+    @contextmanager
+    def _standing_in(self) -> Iterator[None]:
+        """The masked tensors are in every place where the model holds the whole ones, and leave all of them.
+
+        `torch.func.functional_call` does not: a module of two names whose weight is tied keeps what was put there.
+        """
+        tensors = named_tensors(self.model)
+        masked = {id(tensors[name]): tensor for name, tensor in self._standing.items()}
+        held: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for module in self.model.modules():
+                registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for registry in registries:
+                    for key, tensor in list(registry.items()):
+                        if tensor is not None and id(tensor) in masked:
+                            held.append((registry, key, tensor))
+                            stand_in = masked[id(tensor)]
+                            if isinstance(tensor, nn.Parameter):
+                                stand_in = nn.Parameter(stand_in, requires_grad=False)
+                            registry[key] = stand_in
+            yield
+        finally:
+            for registry, key, tensor in held:
+                registry[key] = tensor
 
     @cached_property
     def norms(self) -> dict[str, Tensor]:

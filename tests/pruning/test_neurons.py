@@ -664,13 +664,66 @@ def test_verification_finds_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     "aside",
-    [lambda x: (x.softmax(1), x)[1], lambda x: x if float(x.amax()) > -1e9 else -x, lambda x: (x.cumprod(1), x)[1]],
+    [lambda x: (x.softmax(1), x)[1], lambda x: x if x.isfinite().all() else -x, lambda x: (x.cumprod(1), x)[1]],
     ids=["dropped", "branched_on", "dropped_too"],
 )
 def test_what_is_mixed_but_not_used_changes_nothing(aside: Any) -> None:
     model = build(lambda: Net(lambda n, x: n.b(aside(n.a(x))), a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
     assert [g.exact for g in find_groups(model, inputs((3,))).prunable] == [True]
     assert check_removal(model, inputs((3,)), inputs((3,), 5), amounts=(0.5,), modes=("train",)).approximate == {}
+
+
+def test_a_mixture_that_python_calculates_with_counts() -> None:
+    run = lambda n, x: n.b((h := n.a(x)) * h.abs().mean().item())  # noqa: E731
+    model = build(lambda: Net(run, a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
+    assert [g.exact for g in find_groups(model, inputs((3,))).prunable] == [False]
+
+
+class TwoNames(nn.Module):
+    """A head under two names whose weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        self.head = self.out = head
+        head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mix(self.embed(x))))
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["pruned", "refused"])
+def test_a_module_of_two_names_with_a_tied_weight_keeps_its_tie(forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(TwoNames), torch.randint(9, (2, 5))
+    dense, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), 0.1)
+    if forced:
+        snapshot = Snapshot(model, optimizer)
+        monkeypatch.setattr(neurons_module, "compare_outputs", failing)
+        with pytest.raises(PruningError, match="its removal fails: forced"):
+            prune_neurons(model, x, 0.5, optimizer=optimizer)
+        snapshot.assert_unchanged()
+    else:
+        plan = prune_neurons(model, x, 0.5, exact_only=True, optimizer=optimizer)
+        assert plan.kept["embed.weight"] == plan.kept["head.weight"] == plan.kept["out.weight"]
+        assert_same_outputs(model, masked_twin(dense, plan.kept), x)
+    assert model.head is model.out
+    assert model.head.weight is model.embed.weight is optimizer.param_groups[0]["params"][0]
+
+
+def failing(*args: Any) -> None:
+    raise SurgeryError("forced")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(torch.rand(0, 3), "empty"), (torch.full((2, 3), float("nan")), "not finite"), (torch.ones(2, 3) / 0, "not fin")],
+)
+def test_inputs_that_tell_nothing_are_refused(bad: Tensor, message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    snapshot = Snapshot(model)
+    with pytest.raises(PruningError, match=message):
+        prune_neurons(model, bad, 0.5)
+    snapshot.assert_unchanged()
 
 
 def test_a_mixture_that_is_the_output_or_is_written_into_it_counts() -> None:
