@@ -338,6 +338,8 @@ def reinterpret(call: Call) -> Dims | None:
 def cat(call: Call) -> Dims:
     """Concatenation: labels follow each other along the dimension, the others are common to all."""
     tensors: list[Tensor] = [t for t in call.args[0] if t.numel() or t.dim() > 1]
+    if not tensors:  # a detector without a box
+        return (None,)
     along: int = call.arg(1, "dim", 0) % tensors[0].dim()
     every = [call.dims(tensor) for tensor in tensors]
     result: list[Tensor | None] = []
