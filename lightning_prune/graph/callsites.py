@@ -8,7 +8,7 @@ gives the one module an instance-level ``forward`` that rewrites it, every other
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of
+from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of, shape_of_input
 
 __all__ = [
     "Attribute",
@@ -60,20 +60,40 @@ class CallSite:
 class SizePatch:
     """At ``site``, the size at place ``dim`` among those that the call asks for is to be ``size``.
 
-    ``before`` is the size that an earlier patch gave it, None where it was the forward's own.
+    A forward need not make the same calls each time: one more in training mode, another number of turns of a loop.
+    So a patch tells its call by what it asks for and of which tensor, and by its number only where that is not enough.
+
+    Attributes:
+        site: The call in the traced run.
+        dim: The place.
+        size: What is to be asked for.
+        asked: What the forward itself asks for there; None: that varies, or it leaves it open.
+        of: Dimensions of the tensor that it is asked of, and their sizes.
+        calls: How often that run called the function in this module; 0: not known.
+        before: The patch that this one takes the place of.
     """
 
     site: CallSite
     dim: int
     size: int
-    before: int | None = field(default=None, compare=False)
+    asked: int | None = field(default=None, compare=False)
+    of: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    calls: int = field(default=0, compare=False)
+    before: SizePatch | None = field(default=None, compare=False)
 
-    def to_dict(self) -> dict[str, str | int]:
+    def fits(self, asked: Sequence[Any], shape: Sequence[int]) -> bool:
+        """Whether a call that asks for these sizes of a tensor of this shape is one that the patch is for."""
+        if self.asked is not None and (self.dim >= len(asked) or asked[self.dim] != self.asked):
+            return False
+        return all(-len(shape) <= dim < len(shape) and shape[dim] == size for dim, size in self.of)
+
+    def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         site = self.site
-        data: dict[str, str | int] = {"module": site.module, "function": site.function, "call": site.call}
-        data |= {"dim": self.dim, "size": self.size}
-        return data if self.before is None else data | {"before": self.before}
+        data: dict[str, Any] = {"module": site.module, "function": site.function, "call": site.call}
+        data |= {"dim": self.dim, "size": self.size, "asked": self.asked, "of": [list(each) for each in self.of]}
+        data |= {"calls": self.calls}
+        return data if self.before is None else data | {"before": self.before.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SizePatch:
@@ -81,8 +101,16 @@ class SizePatch:
         if data["function"] not in SIZED_FUNCTIONS:
             raise PruningError(f"unknown function {data['function']!r}; known: {', '.join(SIZED_FUNCTIONS)}")
         site = CallSite(str(data["module"]), data["function"], int(data["call"]))
-        before = data.get("before")
-        return cls(site, int(data["dim"]), int(data["size"]), None if before is None else int(before))
+        asked, before = data["asked"], data.get("before")
+        return cls(
+            site,
+            int(data["dim"]),
+            int(data["size"]),
+            None if asked is None else int(asked),
+            tuple((int(dim), int(size)) for dim, size in data["of"]),
+            int(data["calls"]),
+            None if before is None else cls.from_dict(before),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +135,8 @@ class ModuleStack:
     is_outside: Callable[[Any], bool] = lambda inputs: True
     on_enter: Callable[[str, nn.Module, tuple[Any, ...]], None] = lambda path, module, args: None
     outermost: list[ModuleCall] = field(default_factory=list)
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    """The most calls of each function in one run of each module."""
     _running: list[tuple[str | None, dict[str, int]]] = field(default_factory=list)
 
     @property
@@ -166,7 +196,10 @@ class ModuleStack:
             if not entered or entered[-1] is not module:  # a hook of the user's raised before ours came to enter
                 return
             entered.pop()
-            path, _ = self._running.pop()
+            path, counts = self._running.pop()
+            if path is not None:
+                for function, number in counts.items():
+                    self.calls[path, function] = max(number, self.calls.get((path, function), 0))
             if path is not None and all(other is None for other, _ in self._running):
                 self.on_leave(path, output)
 
@@ -182,9 +215,10 @@ class ModuleStack:
 
 
 class SizeRewriter(TorchFunctionMode):
-    """Counts sized calls and rewrites the sizes of those that have a patch."""
+    """Counts sized calls of one module's forward and rewrites the sizes of those that have a patch."""
 
-    def __init__(self, patches: Mapping[tuple[str, int], Mapping[int, int]]) -> None:
+    def __init__(self, patches: Mapping[str, Sequence[SizePatch]]) -> None:
+        """Take the patches of each function."""
         super().__init__()
         self.patches = patches
         self.counts = dict.fromkeys(COUNTED_AS.values(), 0)
@@ -195,12 +229,48 @@ class SizeRewriter(TorchFunctionMode):
         kwargs = kwargs or {}
         name = kind_of(func)
         if name is not None:
-            number = self.counts[COUNTED_AS[name]]
-            self.counts[COUNTED_AS[name]] = number + 1
-            sizes = self.patches.get((COUNTED_AS[name], number))
-            if sizes is not None:
-                func, args, kwargs = SIZED_FUNCTIONS[name].write(func, args, kwargs, sizes)
+            counted = COUNTED_AS[name]
+            number = self.counts[counted]
+            self.counts[counted] = number + 1
+            if counted in self.patches:
+                kind = SIZED_FUNCTIONS[name]
+                asked = kind.read(args, kwargs)
+                sizes = _choose(self.patches[counted], number, asked, shape_of_input(args, kwargs))
+                if sizes:
+                    func, args, kwargs = kind.write(func, args, kwargs, sizes)
         return func(*args, **kwargs)
+
+
+def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], shape: Sequence[int]) -> dict[int, int]:
+    """The sizes to write in the ``number``-th call of a function, by place.
+
+    Raises:
+        PruningError: Several patches fit it, but it is none of the calls that were traced.
+    """
+    fitting: dict[int, dict[int, int]] = {}
+    for patch in patches:
+        if patch.fits(asked, shape):
+            fitting.setdefault(patch.site.call, {})[patch.dim] = patch.size
+    if not fitting:
+        return {}
+    if number in fitting:
+        return fitting[number]
+    known = max(patch.calls for patch in patches)
+    told = any(patch.of for patch in patches if patch.site.call in fitting)
+    if not told and number < known:
+        return {}  # it was right as it is
+    if known and number >= known and number % known in fitting:
+        return fitting[number % known]  # another turn of a loop
+    first, *others = fitting.values()
+    if not told:
+        return {}
+    if any(other != first for other in others):
+        raise PruningError(
+            f"call {number} of {patches[0].site.function} in {patches[0].site.module or 'the model itself'} was not "
+            f"there when the model was pruned, and it may be any of {sorted(fitting)}: prune the model with "
+            "example_inputs that make its forward take this way"
+        )
+    return first
 
 
 class PatchedForward:
@@ -210,7 +280,7 @@ class PatchedForward:
     It shows the signature of the module's own forward; export reads that, and ``__code__``.
     """
 
-    def __init__(self, module: nn.Module, patches: dict[tuple[str, int], dict[int, int]]) -> None:
+    def __init__(self, module: nn.Module, patches: dict[str, list[SizePatch]]) -> None:
         self.module = module
         self.patches = patches
         inner = module.__dict__.get("forward")  # an instance-level forward of the user's own
@@ -259,8 +329,10 @@ def install_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
         if patched is None:
             patched = PatchedForward(module, {})
             module.forward = patched
-        sizes = patched.patches.setdefault((patch.site.function, patch.site.call), {})
-        sizes[patch.dim] = patch.size
+        function = patch.site.function
+        places = {(each.site, each.dim): each for each in patched.patches.get(function, ())}
+        places[patch.site, patch.dim] = patch
+        patched.patches[function] = [places[place] for place in sorted(places)]
 
 
 def remove_patches(model: nn.Module) -> None:
@@ -275,24 +347,25 @@ def remove_patches(model: nn.Module) -> None:
 
 def installed_patches(model: nn.Module) -> list[SizePatch]:
     """The patches that ``model`` carries."""
-    found = []
-    for path, module in model.named_modules():
-        patched = _patched_forward(module)
-        if patched is not None:
-            for (function, call), sizes in patched.patches.items():
-                site = CallSite(path, function, call)
-                found += [SizePatch(site, dim, size) for dim, size in sizes.items()]
-    return found
+    owners = [patched for module in model.modules() if (patched := _patched_forward(module)) is not None]
+    return [patch for owner in owners for patches in owner.patches.values() for patch in patches]
 
 
 class SizeChecker(TorchFunctionMode):
-    """Runs sized calls with the sizes they should have; notes all it saw, and in ``wrong`` what others asked for."""
+    """Runs sized calls with the sizes they should have.
+
+    Attributes:
+        stack: The modules of the model that runs.
+        expected: The sizes that calls should ask for, by place.
+        asked: What the forward asked for in each call that it made, by place.
+        wrong: What to write in calls that asked for something else.
+    """
 
     def __init__(self, stack: ModuleStack, expected: Mapping[CallSite, Mapping[int, int]]) -> None:
         super().__init__()
         self.stack = stack
         self.expected = expected
-        self.seen: set[CallSite] = set()
+        self.asked: dict[CallSite, dict[int, Any]] = {}
         self.wrong: dict[CallSite, dict[int, int]] = {}
 
     def __torch_function__(
@@ -302,11 +375,11 @@ class SizeChecker(TorchFunctionMode):
         name = kind_of(func)
         site = self.stack.site(name) if name is not None else None
         if name is not None and site is not None:
-            self.seen.add(site)
+            kind = SIZED_FUNCTIONS[name]
+            given = dict(enumerate(kind.read(args, kwargs)))
+            self.asked[site] = given
             expected = self.expected.get(site)
             if expected:
-                kind = SIZED_FUNCTIONS[name]
-                given = dict(enumerate(kind.read(args, kwargs)))
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
                 if kind.together and (wrong or len(given) != len(expected)):
                     wrong = dict(expected)

@@ -99,6 +99,11 @@ class Extent:
         """Whether no index is a neuron."""
         return bool((self.unit_of == NO_UNIT).all())
 
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether a neuron has several indices, or an index is none."""
+        return self.fixed or len(self.unit_of.unique()) < len(self.unit_of)
+
     def kept(self, alive: Tensor) -> Tensor:
         """The indices that remain, given which neurons are alive (bool, one per neuron)."""
         if self.fixed:
@@ -155,6 +160,7 @@ class Groups(Sequence[Group]):
         shapes: Shapes of the parameters and buffers.
         parameters: Names of the parameters.
         sized: What the sizes in calls count.
+        inputs: The dimensions of the tensors that such calls take their sizes of, each time.
         attributes: What multiples of the integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with.
         constants: Buffers that hold indices, and what they count along.
@@ -171,6 +177,7 @@ class Groups(Sequence[Group]):
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
     sized: dict[tuple[CallSite, int], Extent]
+    inputs: dict[CallSite, tuple[dict[int, Extent], ...]]
     attributes: dict[AttributeSite, tuple[tuple[Extent, int], ...]]
     numeric: frozenset[tuple[str, str]]
     constants: dict[str, Extent]
@@ -261,6 +268,23 @@ class Groups(Sequence[Group]):
                 result.setdefault(site, {})[dim] = len(extent.kept(alive))
         return result
 
+    def read_of(self, site: CallSite, alive: Tensor) -> tuple[tuple[int, int], ...]:
+        """Dimensions, and their sizes, that the tensor will always have that a sized call takes its sizes of.
+
+        One that holds the same neuron several times may be larger for larger images or batches, unless the call writes
+        its size.
+        """
+        written = [extent for (other, _), extent in self.sized.items() if other == site]
+        found = [
+            {
+                (dim, len(extent.kept(alive)))
+                for dim, extent in dims.items()
+                if not extent.repeats or any(torch.equal(extent.unit_of, other.unit_of) for other in written)
+            }
+            for dims in self.inputs.get(site, ())
+        ]
+        return tuple(sorted(set.intersection(*found))) if found else ()
+
     def macs(self, alive: Tensor) -> float:
         """MACs of the traced run when only ``alive`` neurons stay."""
         left = iter(_shares(self._factors, alive))
@@ -320,6 +344,10 @@ class Groups(Sequence[Group]):
         return {
             "extents": {key: change(extent) for key, extent in self.extents.items()},
             "sized": {key: change(extent) for key, extent in self.sized.items()},
+            "inputs": {
+                site: tuple({dim: change(extent) for dim, extent in dims.items()} for dims in uses)
+                for site, uses in self.inputs.items()
+            },
             "attributes": {
                 key: tuple((change(extent), times) for extent, times in uses) for key, uses in self.attributes.items()
             },
@@ -509,6 +537,10 @@ def _assemble(
         shapes=dict(trace.shapes),
         parameters=frozenset(trace.parameters),
         sized={key: extent(labels) for key, labels in trace.sized.items()},
+        inputs={
+            site: tuple({dim: extent(labels) for dim, labels in enumerate(dims) if labels is not None} for dims in uses)
+            for site, uses in trace.inputs.items()
+        },
         attributes={
             key: tuple((extent(labels), times) for labels, times in uses) for key, uses in trace.attributes.items()
         },

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_prune.graph.labels import FIXED, Dims
 
-__all__ = ["COUNTED_AS", "SHAPES", "SIZED_FUNCTIONS", "SizedFunction", "kind_of"]
+__all__ = ["COUNTED_AS", "SHAPES", "SIZED_FUNCTIONS", "SizedFunction", "input_of", "kind_of", "shape_of_input"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Sizes = list[Any]
@@ -63,9 +63,15 @@ def _with_argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, na
     return args, {**kwargs, name: value}
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    tensor: Tensor = _argument(args, kwargs, 0, "input", "self")
-    return tensor
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The tensor that a call takes its sizes of; something else where it takes none."""
+    return _argument(args, kwargs, 0, "input", "self")
+
+
+def shape_of_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the tensor that a call takes its sizes of; empty where it takes none."""
+    source = input_of(args, kwargs)
+    return tuple(source.shape) if isinstance(source, Tensor) else ()
 
 
 # -- functions whose integers are the shape of the result --------------------------------------------------------------
@@ -88,7 +94,7 @@ def _shape_at(place: int) -> SizedFunction:
         kwargs = {name: value for name, value in kwargs.items() if name not in names}
         nested = len(args) > place and isinstance(args[place], (list, tuple))
         if place and not args:  # the tensor is given by name
-            return func, (_input(args, kwargs), shape), {}
+            return func, (input_of(args, kwargs), shape), {}
         return func, (*args[:place], shape, *(args[place + 1 :] if nested else ())), kwargs
 
     def extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
@@ -114,7 +120,7 @@ def _unflatten_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
 
 
 def _unflatten_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
-    first = _argument(args, kwargs, 1, "dim") % _input(args, kwargs).dim()
+    first = _argument(args, kwargs, 1, "dim") % input_of(args, kwargs).dim()
     labels = dims(result)[first:]
     sizes = _unflatten_sizes(args, kwargs)
     return {at: labels[at] for at, size in enumerate(sizes) if size != -1 and labels[at] is not None}
@@ -130,7 +136,7 @@ def _piece_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any], chunks: bool)
         return list(given)
     if not _is_size(given):
         return []
-    size = _input(args, kwargs).size(_argument(args, kwargs, 2, "dim", default=0))
+    size = input_of(args, kwargs).size(_argument(args, kwargs, 2, "dim", default=0))
     each = max(-(-size // given), 1) if chunks else given
     whole = size // each if each else 0
     return [each] * whole + ([size - whole * each] if whole * each < size else [])
@@ -139,7 +145,7 @@ def _piece_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any], chunks: bool)
 def _points(args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int) -> Sizes:
     """Sizes of the pieces between given points, or of a given number of nearly equal pieces."""
     given = _argument(args, kwargs, 1, "indices_or_sections", "indices", "sections")
-    size = _input(args, kwargs).size(dim)
+    size = input_of(args, kwargs).size(dim)
     if _is_size(given):
         return [size // given + (at < size % given) for at in range(given)]
     if isinstance(given, Tensor):
@@ -154,7 +160,7 @@ def _pieces(
     """``along``: the dimension, where the call names none."""
 
     def dim_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        dim: int = _argument(args, kwargs, 2, "dim", default=min(along, _input(args, kwargs).dim() - 1))
+        dim: int = _argument(args, kwargs, 2, "dim", default=min(along, input_of(args, kwargs).dim() - 1))
         return dim
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
@@ -164,7 +170,7 @@ def _pieces(
 
     def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
         pieces = [sizes[at] for at in range(len(sizes))]
-        return torch.split, (_input(args, kwargs), pieces, dim_of(args, kwargs)), {}
+        return torch.split, (input_of(args, kwargs), pieces, dim_of(args, kwargs)), {}
 
     def extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
         dim = dim_of(args, kwargs)
@@ -247,18 +253,18 @@ def _item_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, T
 
 def _range_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
     start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
-    size = _input(args, kwargs).size(_argument(args, kwargs, 1, "dim"))
+    size = input_of(args, kwargs).size(_argument(args, kwargs, 1, "dim"))
     return [start + size if _is_size(start) and start < 0 else start, length]
 
 
 def _range_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
     start, length = (sizes.get(at, size) for at, size in enumerate(_range_sizes(args, kwargs)))
-    return func, (_input(args, kwargs), _argument(args, kwargs, 1, "dim"), start, length), {}
+    return func, (input_of(args, kwargs), _argument(args, kwargs, 1, "dim"), start, length), {}
 
 
 def _range_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
     dim = _argument(args, kwargs, 1, "dim")
-    labels = dims(_input(args, kwargs))[dim]
+    labels = dims(input_of(args, kwargs))[dim]
     start, length = _range_sizes(args, kwargs)
     if labels is None or not (_is_size(start) and _is_size(length)):
         return {}
@@ -267,16 +273,16 @@ def _range_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, 
 
 
 def _select_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
-    return [_bound(_argument(args, kwargs, 2, "index"), _input(args, kwargs).size(_argument(args, kwargs, 1, "dim")))]
+    return [_bound(_argument(args, kwargs, 2, "index"), input_of(args, kwargs).size(_argument(args, kwargs, 1, "dim")))]
 
 
 def _select_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
     index = sizes.get(0, _argument(args, kwargs, 2, "index"))
-    return func, (_input(args, kwargs), _argument(args, kwargs, 1, "dim"), index), {}
+    return func, (input_of(args, kwargs), _argument(args, kwargs, 1, "dim"), index), {}
 
 
 def _select_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
-    labels = dims(_input(args, kwargs))[_argument(args, kwargs, 1, "dim")]
+    labels = dims(input_of(args, kwargs))[_argument(args, kwargs, 1, "dim")]
     (index,) = _select_sizes(args, kwargs)
     return {0: labels[:index]} if labels is not None and index else {}
 
@@ -288,7 +294,7 @@ def _repeats_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int
     """Where there was one index, the number of times is the size."""
     sizes = _repeats.read(args, kwargs)
     first = result.dim() - len(sizes)
-    source = _input(args, kwargs)
+    source = input_of(args, kwargs)
     had = [1] * (result.dim() - source.dim()) + list(source.shape)
     labels = dims(result)
     places = range(len(sizes))
@@ -303,7 +309,7 @@ _repeats = _shape_at(1)
 
 def _shift_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, Tensor]:
     """A shift along a dimension is the number of indices that come round from its end."""
-    source, along = _input(args, kwargs), _argument(args, kwargs, 2, "dims")
+    source, along = input_of(args, kwargs), _argument(args, kwargs, 2, "dims")
     if along is None:
         return {}
     found = {}
@@ -318,7 +324,7 @@ def _shift_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
     shifts, along = _shifts.read(args, kwargs), _argument(args, kwargs, 2, "dims")
     if along is None:
         return []
-    sizes = [_input(args, kwargs).size(dim) for dim in _listed(along)]
+    sizes = [input_of(args, kwargs).size(dim) for dim in _listed(along)]
     return [shift + size if shift < 0 else shift for shift, size in zip(shifts, sizes, strict=False)]
 
 

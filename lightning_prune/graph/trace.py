@@ -26,7 +26,7 @@ from lightning_prune.graph.callsites import (
 )
 from lightning_prune.graph.labels import Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
-from lightning_prune.graph.sized import SizedFunction
+from lightning_prune.graph.sized import SizedFunction, input_of
 from lightning_prune.graph.tree import tensors
 
 __all__ = ["FLOP_FORMULAS", "AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
@@ -79,6 +79,7 @@ class Trace:
         parameters: Names of the parameters.
         book: The labels and what is known of them.
         sized: What the sizes in calls count.
+        inputs: Labels of the tensors that such calls take their sizes of, each time.
         attributes: What multiples of integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with: these must not change.
         constants: Buffers that hold indices, and what they count along.
@@ -94,6 +95,7 @@ class Trace:
     parameters: set[str] = field(default_factory=set)
     book: LabelBook = field(default_factory=LabelBook)
     sized: dict[tuple[CallSite, int], Tensor] = field(default_factory=dict)
+    inputs: dict[CallSite, list[Dims]] = field(default_factory=dict)
     attributes: dict[AttributeSite, list[tuple[Tensor, int]]] = field(default_factory=dict)
     numeric: set[tuple[str, str]] = field(default_factory=set)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -342,6 +344,9 @@ class Tracer:
         """Note what the sizes of a call count."""
         if not self.listening:
             return
+        source = input_of(args, kwargs)
+        if site is not None and isinstance(source, Tensor) and any(d is not None for d in self._labels_of(source)):
+            self.trace.inputs.setdefault(site, []).append(self._labels_of(source))
         if kind.extents is None:
             known = self._known.get(result)
             extents = {} if known is None else known.sizes

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.errors import NoEffectWarning, PruningError, SurgeryError
 from lightning_prune.graph.callsites import (
+    CallSite,
     ModuleCall,
     ModuleStack,
     SizeChecker,
@@ -515,23 +516,49 @@ def _patch_sizes(
     A size that the forward computes from its input is right by itself; only running it tells. What the run does not
     reach, such as a branch of training mode, gets the new size written in.
     """
-    sizes = groups.sizes(alive)
-    if not sizes:
+    sizes, installed = groups.sizes(alive), {(patch.site, patch.dim): patch for patch in installed_patches(model)}
+    if not sizes and not installed:
         return [], run_calls(model, calls)
+    for (site, dim), patch in installed.items():
+        sizes.setdefault(site, {}).setdefault(dim, patch.size)
+    remove_patches(model)
     stack = ModuleStack(model)
     checker = SizeChecker(stack, sizes)
     with stack.watch(), checker:
         outputs = run_calls(model, calls)
-    before = {(patch.site, patch.dim): patch.size for patch in installed_patches(model)}
-    patches = [
-        SizePatch(site, dim, checker.wrong.get(site, {}).get(dim, size), before.get((site, dim)))
-        for site, dims in sizes.items()
-        for dim, size in dims.items()
-        if (dim in checker.wrong.get(site, ()))
-        or (size != len(groups.sized[site, dim].unit_of) and site not in checker.seen)
-    ]
+    places = [(site, dim) for site, dims in sizes.items() for dim in dims]
+    found = [_patch(place, installed.get(place), sizes, groups, alive, checker) for place in places]
+    patches = [patch for patch in found if patch is not None]
     install_patches(model, patches)
-    return patches, outputs
+    return [patch for patch in patches if patch is not installed.get((patch.site, patch.dim))], outputs
+
+
+def _patch(
+    place: tuple[CallSite, int],
+    before: SizePatch | None,
+    sizes: Mapping[CallSite, Mapping[int, int]],
+    groups: Groups,
+    alive: Tensor,
+    checker: SizeChecker,
+) -> SizePatch | None:
+    """The patch that a sized call needs; ``before``, the one that it has, where nothing changes."""
+    site, dim = place
+    extent, asked = groups.sized.get(place), checker.asked.get(site)
+    size = checker.wrong.get(site, {}).get(dim, sizes[site][dim])
+    right = asked is not None or extent is None or size == len(extent.unit_of)
+    if before is None and right and dim not in checker.wrong.get(site, {}):
+        return None
+    if size == -1:
+        own = None
+    elif asked is not None:
+        own = asked.get(dim)
+    else:
+        own = before.asked if before is not None else len(extent.unit_of) if extent is not None else None
+    calls = checker.stack.calls.get((site.module, site.function), 0 if before is None else before.calls)
+    patch = SizePatch(site, dim, size, own, groups.read_of(site, alive), calls, before)
+    if before is not None and replace(patch, before=before.before).to_dict() == before.to_dict():
+        return before
+    return patch
 
 
 def _same_shapes(a: Any, b: Any) -> bool:

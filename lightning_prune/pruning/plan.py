@@ -111,9 +111,9 @@ class Plan:
         """
         enlarge(model, self.shapes, self.attributes)
         ours = {(patch.site, patch.dim): patch.before for patch in self.patches}
-        sizes = [(patch, ours.get((patch.site, patch.dim), patch.size)) for patch in installed_patches(model)]
+        before = [ours.get((patch.site, patch.dim), patch) for patch in installed_patches(model)]
         remove_patches(model)
-        install_patches(model, [replace(patch, size=size) for patch, size in sizes if size is not None])
+        install_patches(model, [patch for patch in before if patch is not None])
 
     def then(self, later: Plan) -> Plan:
         """The one plan that does what this and then ``later`` do."""

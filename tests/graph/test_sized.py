@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_prune.graph.callsites import SizeRewriter
+from lightning_prune.graph.callsites import CallSite, SizePatch, SizeRewriter
 from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, kind_of
 
 
@@ -401,7 +401,8 @@ def test_a_call_that_is_rewritten_where_it_is_made_does_the_same(name: str, case
     x = make(case.smaller)
     first = {"pad": lambda x: F.pad(x, (0, 0)), "split": lambda x: x.split(1, -1)}.get(COUNTED_AS[name])
     number = 0 if first is None else 1
-    with SizeRewriter({(COUNTED_AS[name], number): case.change}):
+    site = CallSite("", COUNTED_AS[name], number)
+    with SizeRewriter({site.function: [SizePatch(site, dim, size) for dim, size in case.change.items()]}):
         if first is not None:
             first(x)
         ours = spelling(x)
