@@ -177,7 +177,9 @@ class ModuleStack:
         """Follow the model's module calls; ``on_leave`` hears the output of each outermost one."""
         paths = {module: path for path, module in self.model.named_modules()}
         # Running a metric or a loss again would tell nothing, and count an example twice.
-        owners = {module for module in paths if next(module.parameters(), None) is not None}
+        holders = [path for module, path in paths.items() if any(p is not None for p in module._parameters.values())]
+        above = {path[:end] for path in holders for end in (*_ends(path), len(path))} | ({""} if holders else set())
+        owners = {module for module, path in paths.items() if path in above}
         entered: list[nn.Module] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -212,6 +214,11 @@ class ModuleStack:
             for hook in hooks:
                 hook.remove()
             self._running.clear()
+
+
+def _ends(path: str) -> list[int]:
+    """Where each module above ends in a path."""
+    return [at for at, character in enumerate(path) if character == "."]
 
 
 class SizeRewriter(TorchFunctionMode):
@@ -488,6 +495,10 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
+_OWN = frozenset(nn.Module().__dict__)
+"""What every module holds."""
+
+
 @contextmanager
 def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterator[None]:
     """Inside, the integers that modules hold as attributes are `Attribute`; assignments of the forward's own stay.
@@ -499,6 +510,8 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
     planted: list[tuple[dict[str, Any], str, Any, Any]] = []
     for path, module in model.named_modules():
         for name, value in list(module.__dict__.items()):
+            if name in _OWN:
+                continue
             marked: Any = None
             if type(value) is int:
                 marked = _marked(value, numeric, path, name)
@@ -515,7 +528,7 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
                 held[name] = value
         for module in model.modules():  # what the forward itself has kept
             for name, value in list(module.__dict__.items()):
-                if _holds_numbers(value):
+                if name not in _OWN and _holds_numbers(value):
                     module.__dict__[name] = _plain(value)
 
 

@@ -480,11 +480,11 @@ def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Te
     reasons = list(solution.mixed)
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**62), 2**62, (len(roots) + len(reasons) + 1,), generator=generator)
-    signature = torch.zeros(trace.book.count, dtype=torch.long)
+    every = torch.cat([*roots, torch.empty(0, dtype=torch.long)])
+    leaf_of = torch.arange(len(roots)).repeat_interleave(torch.tensor([len(each) for each in roots], dtype=torch.long))
+    signature = torch.zeros(trace.book.count, dtype=torch.long).index_add_(0, every, keys[leaf_of])
     owned = torch.zeros(trace.book.count, dtype=torch.bool)
-    for key, each in zip(keys, roots, strict=False):
-        signature.index_add_(0, each, key.expand(len(each)))
-        owned[each] = True
+    owned[every] = True
     for key, text in zip(keys[len(roots) :], reasons, strict=False):
         mixed = solution.mixed[text][solution.reason[solution.mixed[text]] == 0]
         signature.index_add_(0, mixed, key.expand(len(mixed)))
@@ -497,8 +497,8 @@ def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Te
     blank = [number + 1 for number, text in enumerate(texts) if not text]
     owned &= ~torch.isin(reason, torch.tensor(blank, dtype=torch.long))
     components = owned.nonzero().squeeze(1)
-    pairs = torch.stack([signature[components], reason[components]], 1)
-    _, kind = pairs.unique(dim=0, return_inverse=True)
+    _, kind = signature[components].unique(return_inverse=True)
+    _, kind = (kind * (len(texts) + 1) + reason[components]).unique(return_inverse=True)
     order = torch.argsort(kind, stable=True)
     sizes = torch.bincount(kind).tolist() if len(kind) else []
     members = sorted(components[order].split(sizes), key=lambda each: int(each[0]))
@@ -506,10 +506,11 @@ def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Te
     first = torch.full((trace.book.count,), NO_UNIT)  # a family's first component -> its number
     first[[int(each[0]) for each in members]] = torch.arange(len(members))
     leaves_of: list[list[int]] = [[] for _ in members]
-    for number, each in enumerate(roots):
-        for family in first[each].unique().tolist():
-            if family != NO_UNIT:
-                leaves_of[family].append(number)
+    held = first[every] != NO_UNIT
+    pairs = (first[every[held]] * max(len(roots), 1) + leaf_of[held]).unique()
+    for pair in pairs.tolist():
+        family, number = divmod(pair, len(roots))
+        leaves_of[family].append(number)
     mixing_of: list[list[str]] = [[] for _ in members]
     for text in reasons:
         for family in first[solution.mixed[text]].unique().tolist():
@@ -528,8 +529,10 @@ def _role(leaf: Leaf, makes: bool) -> Role:
 def _assemble(
     trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_of_root: Tensor, origin: Origin
 ) -> Groups:
+    unit_of = unit_of_root[solution.root]
+
     def extent(labels: Tensor) -> Extent:
-        return Extent(unit_of_root[solution.root[labels]])
+        return Extent(unit_of[labels])
 
     return Groups(
         groups=groups,

@@ -16,7 +16,16 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.graph.tree import tensors
 
-__all__ = ["as_calls", "check_model", "named_tensors", "run_calls", "same_buffers", "traced", "undisturbed"]
+__all__ = [
+    "as_calls",
+    "check_model",
+    "cuda_devices",
+    "named_tensors",
+    "run_calls",
+    "same_buffers",
+    "traced",
+    "undisturbed",
+]
 
 
 def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
@@ -79,10 +88,19 @@ def check_model(model: Any) -> None:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each name of a shared one."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        parameters |= {prefix + name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+        buffers |= {prefix + name: tensor for name, tensor in module._buffers.items() if tensor is not None}
+    return parameters | buffers
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """The GPUs that hold parameters of a model."""
+    tensors = (tensor for module in model.modules() for tensor in module._parameters.values() if tensor is not None)
+    return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
 
 
 @contextmanager
@@ -90,7 +108,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's mode, buffers and the random state are put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    devices = [device.index or 0 for device in cuda_devices(model)]
     try:
         with torch.random.fork_rng(devices=devices):
             yield

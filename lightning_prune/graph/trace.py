@@ -153,13 +153,15 @@ class Tracer:
         self._model = model
         self._wrapped = wrapped
         self._known: Any = WeakTensorKeyDictionary()
-        self._unread = {id(p): name for name, p in model.named_parameters()}
-        self._names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        parameters = dict(model.named_parameters())
+        tensors = parameters | dict(model.named_buffers())
+        self._unread = {id(p): name for name, p in parameters.items()}
+        self._names = {id(t): name for name, t in tensors.items()}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside, self._entered)
         self._patchable = False
         self._scripted = [f"{p}." for p, m in model.named_modules() if p and isinstance(m, torch.jit.ScriptModule)]
-        self.trace.parameters.update(name for name, _ in model.named_parameters())
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        self.trace.parameters.update(parameters)
+        for name, tensor in tensors.items():
             self._add_leaves(name, tensor)
         self._rows = {
             int(leaf.labels[0]): leaf.name

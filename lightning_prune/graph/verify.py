@@ -65,9 +65,13 @@ class MaskedModel:
     own: Collection[str] = ()
 
     @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return named_tensors(self.model)
+
+    @cached_property
     def _passing(self) -> dict[nn.Module, list[str]]:
         """Modules with large parameters of their own, and none below them."""
-        tensors = named_tensors(self.model)
+        tensors = self._tensors
         found: dict[str, list[str]] = {}
         for name in self.kept:
             if name in self.own and tensors[name].numel() > self.LARGE and isinstance(tensors[name], nn.Parameter):
@@ -83,7 +87,7 @@ class MaskedModel:
     def _standing(self) -> dict[str, Tensor]:
         passing = {name for names in self._passing.values() for name in names}
         kept = {name: dims for name, dims in self.kept.items() if name not in passing}
-        return masked_tensors(named_tensors(self.model), kept, self.unmasked)
+        return masked_tensors(self._tensors, kept, self.unmasked)
 
     def outputs(self, calls: Sequence[ModuleCall]) -> list[Any]:
         """What the model's calls give."""
@@ -101,8 +105,7 @@ class MaskedModel:
 
         `torch.func.functional_call` does not: a module of two names whose weight is tied keeps what was put there.
         """
-        tensors = named_tensors(self.model)
-        masked = {id(tensors[name]): tensor for name, tensor in self._standing.items()}
+        masked = {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}
         held: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for module in self.model.modules():
@@ -152,7 +155,7 @@ class MaskedModel:
     @contextmanager
     def _in_passing(self) -> Iterator[None]:
         """Large parameters are masked while their module runs, all in the same memory."""
-        tensors = named_tensors(self.model)
+        tensors = self._tensors
         scratch: dict[torch.dtype, Tensor] = {}
         held: dict[nn.Module, dict[str, Any]] = {}
 

@@ -24,7 +24,7 @@ from lightning_prune.graph.callsites import (
     remove_patches,
 )
 from lightning_prune.graph.groups import Group, Groups, find_groups
-from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
+from lightning_prune.graph.run import cuda_devices, named_tensors, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
 from lightning_prune.graph.tree import tensors as tensors_of
@@ -504,8 +504,7 @@ def _on_smaller_images(masked: MaskedModel, groups: Groups, given: Sequence[Modu
 
 
 def _random_states(model: nn.Module) -> list[Tensor]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda_devices(model))]
 
 
 def _patch_sizes(
