@@ -407,7 +407,7 @@ class Number(int):
     Sums, products and quotients of integers are plain integers again and tell nothing: sizes are made of these.
     """
 
-    told: Callable[[], None]
+    told: Callable[[], Any]
 
     def _number(self) -> int:
         self.told()
@@ -462,7 +462,7 @@ class Attribute(Number):
     __rmul__ = __mul__
 
 
-def watched_size(size: int, told: Callable[[], None]) -> Number:
+def watched_size(size: int, told: Callable[[], Any]) -> Number:
     """A size of a tensor that tells when it is calculated with."""
     number = Number(size)
     number.told = told
@@ -560,7 +560,7 @@ class CallRecorder(TorchFunctionMode):
         return result
 
 
-_SIZE_READERS = (Tensor.size, Tensor.shape.__get__)  # type: ignore[attr-defined]
+_SIZE_READERS = (Tensor.size, Tensor.shape.__get__, Tensor.numel, Tensor.nelement, torch.numel)  # type: ignore[attr-defined]
 
 
 class CallListener(Protocol):

@@ -325,20 +325,25 @@ class Tracer:
             self._patchable = before
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
-        """Mark the sizes of labelled dimensions: what is calculated from them changes with their number."""
+        """Mark the sizes of labelled dimensions: what is calculated from them changes with their number.
+
+        An integer without ``dim`` is the number of elements.
+        """
         known = self._dims_of(tensor) if self.listening else None
         if known is None or all(labels is None for labels in known):
             return size
 
-        def watched(labels: Tensor | None, number: int) -> int:
-            if labels is None:
+        def watched(number: int, *dims: Tensor | None) -> int:
+            if all(labels is None for labels in dims):
                 return number
             reason = f"calculates with its size in {self._stack.path or 'the model itself'}"
-            return watched_size(number, lambda: self.trace.book.mix(labels, reason))
+            return watched_size(number, lambda: [self.trace.book.mix(labels, reason) for labels in dims])
 
         if dim:
-            return watched(known[dim[0]], size)
-        return torch.Size([watched(labels, number) for labels, number in zip(known, size, strict=True)])
+            return watched(size, known[dim[0]])
+        if isinstance(size, int):
+            return watched(size, *known)
+        return torch.Size([watched(number, labels) for labels, number in zip(known, size, strict=True)])
 
     def called(
         self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any

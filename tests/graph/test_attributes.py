@@ -214,6 +214,7 @@ SIZE_READS: dict[str, Callable[[Tensor], Tensor]] = {
     "compared": lambda x: x if x.shape[1] > 0 and x.shape == x.shape[:1] + x.shape[1:] else -x,
     "fresh": lambda x: x + torch.zeros(x.shape, dtype=x.dtype) + x.new_zeros(x.size(1)),
     "expanded": lambda x: x.sum(1, keepdim=True).mul(0).expand(-1, x.size(1)) + x,
+    "elements": lambda x: x.view(-1, x.numel() // len(x)),
     "sliced": lambda x: torch.cat([x[:, x.size(1) // 2 :], x[:, : x.size(1) // 2]], 1),
 }
 
@@ -226,6 +227,8 @@ CALCULATED: dict[str, Callable[[Tensor], Tensor]] = {
     "filled": lambda x: x * torch.full_like(x, x.shape[-1]),
     "keyword": lambda x: torch.add(x, x, alpha=x.size(1)),
     "tensor": lambda x: x / torch.tensor(float(x.size(1))).to(x),
+    "mean": lambda x: x - x.sum().div(x.numel()) * 0.1,
+    "elements": lambda x: x * (torch.numel(x) / len(x)),
 }
 
 
