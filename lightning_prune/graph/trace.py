@@ -337,7 +337,12 @@ class Tracer:
             if all(labels is None for labels in dims):
                 return number
             reason = f"calculates with its size in {self._stack.path or 'the model itself'}"
-            return watched_size(number, lambda: [self.trace.book.mix(labels, reason) for labels in dims])
+
+            def told() -> None:
+                for labels in dims:
+                    self.trace.book.mix(labels, reason)
+
+            return watched_size(number, told)
 
         if dim:
             return watched(size, known[dim[0]])
