@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -16,15 +17,13 @@ from lightning_prune.callbacks._clock import Clock, Point, check_every, check_wi
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.schedules import get_schedule
+from lightning_prune.pruning.schedules import Schedule, get_schedule
 from lightning_prune.pruning.select import check_amount, globs
 from lightning_prune.report.cost import Cost, cost_of_calls
 from lightning_prune.report.report import Report, build_report
 from lightning_prune.report.run import measurable
 
 __all__ = ["ConfigurationError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
-
-SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 class ConfigurationError(PruningError, MisconfigurationException):
@@ -56,7 +55,7 @@ class PruningCallback(Callback):
     def __init__(
         self,
         amount: float,
-        schedule: str,
+        schedule: str | Schedule,
         start: Point,
         end: Point,
         every: int | str,
@@ -67,7 +66,7 @@ class PruningCallback(Callback):
     ) -> None:
         accept_both_lightnings(PruningCallback, "Callback")
         check_amount(amount)
-        get_schedule(schedule)
+        get_schedule(schedule, amount)
         check_window(start, end)
         check_every(every)
         globs("include", include)
@@ -82,6 +81,7 @@ class PruningCallback(Callback):
         self.report = report
         self.monitor = monitor
         self.amount_ = 0.0
+        self._progress = 0.0
         self.report_: Report | None = None
         self._clock: Clock | None = None
         self._steps = 0
@@ -91,6 +91,9 @@ class PruningCallback(Callback):
         self._measured: tuple[tuple[ModuleCall, ...], tuple[ModuleCall, ...]] | None = None
         self._cost: Cost | None = None
         self._dense_metric: float | None = None
+
+    strategies: ClassVar[tuple[str, ...]] = ("SingleDeviceStrategy", "DDPStrategy")
+    """Names of the strategies it works with, those derived from them included."""
 
     @property
     def state_key(self) -> str:
@@ -135,15 +138,28 @@ class PruningCallback(Callback):
         """Whether anything has been pruned so far."""
         raise NotImplementedError
 
+    def preview(self, epochs: int = 100) -> list[float]:
+        """The fraction that is gone at the end of each epoch of a training of so many.
+
+        Raises:
+            PruningError: The schedule's window doesn't fit such a training.
+        """
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise PruningError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+        clock = Clock(self.start, self.end, max_epochs=epochs, max_steps=None, steps_per_epoch=1)
+        clock.check()
+        part = get_schedule(self.schedule, self.amount)
+        return list(accumulate((self.amount * part(clock.progress(e, 0)) for e in range(1, epochs + 1)), max))
+
     # -- when -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what can be seen to be impossible before anything is set up."""
         if stage == "fit":
             known = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-            if not known & set(SUPPORTED_STRATEGIES):
+            if not known & set(self.strategies):
                 raise ConfigurationError(
-                    f"{type(self).__name__} works on one device and with strategy='ddp', not with "
+                    f"{type(self).__name__} works with {', '.join(self.strategies)}, not with "
                     f"{type(trainer.strategy).__name__}, which shards parameters or keeps copies of them"
                 )
             if trainer.max_epochs == -1 and trainer.max_steps == -1:
@@ -214,7 +230,8 @@ class PruningCallback(Callback):
         self._steps = trainer.global_step
         if last or final or passed:
             progress = self._clock.progress(epochs, trainer.global_step)
-            amount = self.amount * get_schedule(self.schedule)(progress)
+            amount = self.amount * get_schedule(self.schedule, self.amount)(progress)
+            self._progress = progress
             # A schedule never takes anything back: a second fit starts where the first one stopped.
             self.amount_ = max(self.amount_, amount)
             if self.amount_ > 0:

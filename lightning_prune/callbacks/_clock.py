@@ -65,10 +65,11 @@ class Clock:
             max_steps=trainer.max_steps if trainer.max_steps != -1 else None,
             steps_per_epoch=math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else batches,
         )
-        clock._check()
+        clock.check()
         return clock
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a PruningError if the window can't be placed in this training, or lies outside it."""
         for name, point in (("start", self.start), ("end", self.end)):
             if isinstance(point, float) and point and self.max_epochs is None and self.max_steps is None:
                 raise PruningError(

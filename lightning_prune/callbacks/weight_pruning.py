@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies
 from lightning_prune.callbacks._clock import Point
+from lightning_prune.callbacks._rewind import Rewind
 from lightning_prune.errors import PruningError
-from lightning_prune.pruning.criteria import WEIGHT_CRITERIA, get_criterion
-from lightning_prune.pruning.masks import Masks, apply_masks, mask_optimizer
+from lightning_prune.pruning.masks import HeldMasks, Masks, apply_masks, local, share_of, whole
+from lightning_prune.pruning.patterns import get_pattern
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.regrow import REGROW, moved, share
 from lightning_prune.pruning.select import check_choice, globs
 from lightning_prune.pruning.surgery import take
-from lightning_prune.pruning.weights import WEIGHT_SCOPES, prunable_weights, select_weights
+from lightning_prune.pruning.weight_criteria import GradientCriterion, Random, Wanda, get_weight_criterion, mix_seed
+from lightning_prune.pruning.weights import check_fit, check_scope, choose_masks, prunable_weights
 
 __all__ = ["WeightPruning"]
 
@@ -26,17 +30,29 @@ class WeightPruning(PruningCallback):
     """Sets the least important weights to zero while Lightning trains, and keeps them there.
 
     The model stays as it is: no reparametrisation, no hooks left behind, parameter names, order and identity
-    unchanged. Masks live in the callback (and in its checkpoint state) and are applied after every optimizer
-    step, to the optimizer's momentum too.
+    unchanged. Masks live in the callback (and in its checkpoint state) and hold after every optimizer step, for the
+    optimizer's momentum too.
 
     Args:
         amount: Fraction of the considered weights that is zero at the end, [0, 1): 0.3 is 30 %.
-        criterion: What makes a weight important: ``"l1"``, its magnitude.
-        scope: ``"global"`` ranks all weights together, ``"layer"`` takes the same fraction of each parameter.
-        schedule: ``"cubic"``, ``"linear"`` or ``"one_shot"``.
+        criterion: What makes a weight important: ``"l1"``, its magnitude; ``"random"``; its gradients in training,
+            ``"taylor"``, ``"snip"``, ``"movement"``, ``"fisher"``; the inputs of its layer, ``"wanda"``; the flow of
+            ones through the network, ``"synflow"``; or a function that maps a parameter to scores of its shape.
+        scope: ``"global"`` ranks all weights together, ``"layer"`` takes the same fraction of each parameter, ``"erk"``
+            more of large ones, ``"lamp"`` ranks all by their share in their layer; or amounts by glob on module names
+            (what none matches takes ``amount``).
+        pattern: ``"n:m"``: of m weights in a row along the input dimension n stay at least (``"2:4"``);
+            ``"block:RxC"``: blocks of R outputs and C inputs go together; None: single weights.
+        schedule: ``"cubic"``, ``"linear"``, ``"exponential"``, ``"one_cycle"``, ``"one_shot"``, or a function of the
+            schedule's progress (0 to 1) that gives the part of the amount that is gone. `preview` shows it.
         start: Where the schedule starts: a fraction of training (float) or an epoch (int).
         end: Where the full amount is reached, likewise.
         every: ``"epoch"``: prune at the end of each epoch; or a number of optimizer steps.
+        regrow: Until ``end``, weights that went come back in the place of others, at each pruning: ``"rigl"`` those
+            with the largest gradients, ``"set"`` random ones. None: what is gone stays gone.
+        regrow_fraction: The part of the kept weights that moves at a time (``"rigl"``: at first, less and less later).
+        rewind_to: After each pruning, put the weights back to what they were after so many epochs (0: at the start),
+            and the optimizer's state with them: a lottery ticket. None: train on.
         include: Globs on module names: only their weights (None: all parameters of two dimensions or more).
         exclude: Globs on module names: not their weights.
         report: Print a table after training; it is in ``report_`` too.
@@ -49,33 +65,53 @@ class WeightPruning(PruningCallback):
         PruningError: Bad arguments, at once; arguments that don't fit the Trainer or the model, when ``fit``
             starts. Nothing is changed.
 
-    Source: Zhu & Gupta, 2017, arXiv:1710.01878 (gradual magnitude pruning).
+    Source: Zhu & Gupta, 2017, arXiv:1710.01878 (gradual magnitude pruning); Evci et al., 2020, arXiv:1911.11134 (RigL);
+    Frankle & Carbin, 2019, arXiv:1803.03635 (lottery tickets).
     """
+
+    strategies: ClassVar[tuple[str, ...]] = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 
     def __init__(
         self,
         amount: float = 0.5,
         *,
-        criterion: str = "l1",
-        scope: str = "global",
-        schedule: str = "cubic",
+        criterion: str | Callable[[Tensor], Tensor] = "l1",
+        scope: str | dict[str, float] = "global",
+        pattern: str | None = None,
+        schedule: str | Callable[[float], float] = "cubic",
         start: Point = 0.0,
         end: Point = 0.75,
         every: int | str = "epoch",
+        regrow: str | None = None,
+        regrow_fraction: float = 0.3,
+        rewind_to: int | None = None,
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         report: bool = True,
         monitor: str = "val_acc",
     ) -> None:
         super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
-        get_criterion(criterion, WEIGHT_CRITERIA)
-        check_choice("scope", scope, WEIGHT_SCOPES)
+        self._judge = get_weight_criterion(criterion)
+        check_scope(scope)
+        get_pattern(pattern)
+        _check_regrow(regrow, regrow_fraction, pattern)
+        if rewind_to is not None and (isinstance(rewind_to, bool) or not isinstance(rewind_to, int) or rewind_to < 0):
+            raise PruningError(f"rewind_to must be a number of epochs, 0 for the start, got {rewind_to!r}")
         self.criterion = criterion
         self.scope = scope
+        self.pattern = pattern
+        self.regrow = regrow
+        self.regrow_fraction = regrow_fraction
+        self.rewind_to = rewind_to
         self.masks_: Masks = {}
-        self._bound: dict[str, Tensor] = {}
+        self._held: HeldMasks | None = None
+        self._names: dict[int, str] = {}
+        self._masked: set[int] = set()
         self._handles: list[RemovableHandle] = []
         self._restored = False
+        self._seed: int | None = None
+        self._pruned = 0.0
+        self._rewind: Rewind | None = None
 
     def _weights(self, pl_module: Any) -> dict[str, torch.nn.Parameter]:
         return prunable_weights(pl_module, globs("include", self.include), globs("exclude", self.exclude))
@@ -83,8 +119,17 @@ class WeightPruning(PruningCallback):
     def _start(self, trainer: Any, pl_module: Any) -> None:
         try:
             weights = self._weights(pl_module)
+            check_fit(pl_module, weights, self.amount, self.scope, get_pattern(self.pattern))
+            if isinstance(self._judge, Wanda):
+                self._judge.check(pl_module, list(weights))
         except PruningError as error:
             raise ConfigurationError(f"WeightPruning: {error}") from None
+        fixed = [name for name, weight in weights.items() if not weight.requires_grad]
+        if fixed and (self._judge.needs == "gradients" or self.regrow == "rigl"):
+            raise ConfigurationError(
+                f"WeightPruning: criterion={self.criterion!r}, regrow={self.regrow!r} need gradients, but {fixed[0]!r} "
+                "is frozen (requires_grad=False); leave it out with exclude"
+            )
         for other in trainer.callbacks:
             if isinstance(other, WeightPruning) and other is not self:
                 common = sorted(set(weights) & set(other._weights(pl_module)))
@@ -93,7 +138,10 @@ class WeightPruning(PruningCallback):
                         f"two WeightPruning callbacks prune {common[0]!r}; keep them apart with include and exclude"
                     )
         if not self._fit_masks(weights):
-            self.masks_, self.amount_ = {}, 0.0  # masks of another model: this fit starts anew
+            self.masks_, self.amount_, self._pruned = {}, 0.0, 0.0  # masks of another model: this fit starts anew
+            self._restored = False
+        if not self._restored:
+            self._judge.sums, self._rewind, self._seed = {}, None, None
         self._restored = False
         self._bind(pl_module)
 
@@ -102,69 +150,174 @@ class WeightPruning(PruningCallback):
 
         A checkpoint's masks may be ahead of its weights, those of an averaged model for one.
         """
+        if self._restored and not self.masks_:
+            return True  # of before the first pruning
         return self.masks_.keys() == weights.keys() and all(
-            mask.shape == weight.shape and (self._restored or not bool(weight.detach()[~mask.to(weight.device)].any()))
+            mask.shape == weight.shape
+            and (self._restored or not bool((local(weight.detach()) * ~share_of(mask, weight)).any()))
             for mask, weight in ((mask, weights[name]) for name, mask in self.masks_.items())
         )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch the optimizers; a resumed run continues with its masks in place."""
         super().on_train_start(trainer, pl_module)
-        self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() % (1 << 62))
+        if self.rewind_to is not None:
+            self._prepare_rewind(trainer, pl_module, self.rewind_to)
+        self._handles = [o.register_step_pre_hook(self._before_step) for o in trainer.optimizers]
+        self._handles += [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+        if isinstance(self._judge, Wanda):
+            self._handles += self._judge.listen(pl_module, list(self._weights(pl_module)), training_only=True)
         self._hold(trainer)
 
+    def _prepare_rewind(self, trainer: Any, pl_module: Any, epoch: int) -> None:
+        assert self._clock is not None
+        steps = (epoch - 1) * self._clock.steps_per_epoch if epoch > 0 else 0
+        if epoch and steps < float("inf") and self._clock.progress(epoch - 1, int(steps)) > 0:
+            raise ConfigurationError(
+                f"WeightPruning: rewind_to={epoch} lies after the first pruning; let the schedule start later"
+            )
+        if epoch == 0 and self._rewind is None and trainer.global_step == 0:
+            self._rewind = Rewind.of(pl_module, trainer.optimizers)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Remember what to go back to, then prune."""
+        if trainer.is_last_batch and self.rewind_to == trainer.current_epoch + 1 and self._rewind is None:
+            self._rewind = Rewind.of(pl_module, trainer.optimizers)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def _bind(self, pl_module: Any) -> None:
-        parameters = dict(pl_module.named_parameters())
-        self._bound = {name: parameters[name] for name in self.masks_}
-        self.masks_ = {name: mask.to(self._bound[name].device) for name, mask in self.masks_.items()}
+        weights = self._weights(pl_module)
+        self._names = {id(weight): name for name, weight in weights.items()}
+        self.masks_ = {name: mask.to(weights[name].device) for name, mask in self.masks_.items()}
+        self._held = HeldMasks(weights, self.masks_) if self.masks_ else None
 
     def _hold(self, trainer: Any) -> None:
-        """Zero what is masked: weights and optimizer state."""
-        apply_masks(self._bound, self.masks_)
-        for optimizer in trainer.optimizers:
-            self._after_step(optimizer)
+        """Zero what is masked: weights, gradients and optimizer state."""
+        if self._held is None:
+            return
+        self._held.clear(trainer.optimizers)
         for copy in averaged_copies(trainer):  # an average of zeros stays zero
             apply_masks(dict(copy.named_parameters()), self.masks_)
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        """The gradients of a step are complete: the criterion sees them whole, the optimizer only what is kept."""
+        self._take_gradients(optimizer)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None and id(optimizer) not in self._masked:  # else the gradients come later, or were seen
+            self._take_gradients(optimizer)
+
+    def _take_gradients(self, optimizer: Optimizer) -> None:
+        if isinstance(self._judge, GradientCriterion) and self.amount_ < self.amount:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = self._names.get(id(parameter))
+                    if name is not None and parameter.grad is not None:
+                        self._judge.collect(name, parameter, parameter.grad)
+        if self._held is not None and self.regrow != "rigl":  # which wants to see the others too
+            self._held.before_step(optimizer)
+            self._masked.add(id(optimizer))
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        apply_masks(self._bound, self.masks_)
-        mask_optimizer(optimizer, self._bound, self.masks_)
+        if self._held is not None:
+            self._held.after_step(optimizer, id(optimizer) in self._masked)
+        self._masked.discard(id(optimizer))
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
-        weights = self._weights(pl_module)
-        score = get_criterion(self.criterion, WEIGHT_CRITERIA)
-        self.masks_ = select_weights(
-            {name: score(weight) for name, weight in weights.items()},
-            amount,
-            scope=self.scope,
-            masks=self.masks_ or None,
-        )
+        weights, further = self._weights(pl_module), amount > self._pruned
+        step = mix_seed(self._seed or 0, str(trainer.global_step))
+        if isinstance(self._judge, Random):
+            self._judge.seed = step
+        masks: Masks = self.masks_
+        if further or not masks:
+            masks = self._choose(trainer, pl_module, dict(weights), amount)
+        part = share(self.regrow, self.regrow_fraction, self._progress) if self.regrow and self.masks_ else 0.0
+        if part and self.regrow:
+            masks = moved(masks, weights, self.regrow, part, step)
+        if trainer.world_size > 1:
+            masks = trainer.strategy.broadcast({name: mask.cpu() for name, mask in masks.items()})
+        self.masks_, self._pruned = masks, amount
+        if further:
+            self._judge.forget()
+            if self._rewind is not None:
+                self._rewind.restore(pl_module, trainer.optimizers)
         self._bind(pl_module)
         self._hold(trainer)
+
+    def _choose(self, trainer: Any, pl_module: Any, weights: dict[str, Tensor], amount: float) -> Masks:
+        collected = self._judge.sums
+        if isinstance(self._judge, Wanda):
+            self._judge.sums = {
+                name: trainer.strategy.reduce(each, reduce_op="sum") for name, each in collected.items()
+            }
+        return choose_masks(
+            pl_module,
+            weights,
+            self._judge,
+            amount,
+            scope=self.scope,
+            pattern=get_pattern(self.pattern),
+            masks=self.masks_ or None,
+            calls=self._calls or (),
+            before=self._pruned,
+            final=self.amount,
+        )
 
     def _has_effect(self) -> bool:
         return not all(bool(mask.all()) for mask in self.masks_.values())
 
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
+        self._judge.sums = _taken(self._judge.sums, plan)
+        if self._rewind is not None:
+            self._rewind.follow(plan)
         if self.masks_:
-            self.masks_ = {
-                name: take(mask, plan.kept[name]) if name in plan.kept else mask for name, mask in self.masks_.items()
-            }
+            self.masks_ = _taken(self.masks_, plan)
+            self._pruned = 0.0
             self._prune(trainer, pl_module, self.amount_)  # the fraction of what is left
+        else:
+            self._bind(pl_module)
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._bound = {}
+        self._held, self._names, self._masked = None, {}, set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks and how far the schedule was."""
-        return {"amount": self.amount_, "masks": {name: mask.cpu() for name, mask in self.masks_.items()}}
+        """Masks, how far the schedule was, and what the criterion has collected."""
+        return {
+            "amount": self.amount_,
+            "pruned": self._pruned,
+            "masks": {name: mask.cpu() for name, mask in self.masks_.items()},
+            "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},
+            "seed": self._seed,
+            "rewind": None if self._rewind is None else self._rewind.to_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the masks of a checkpoint."""
         self.amount_ = state_dict["amount"]
+        self._pruned = state_dict["pruned"]
         self.masks_ = dict(state_dict["masks"])
+        self._judge.sums = dict(state_dict["sums"])
+        self._seed = state_dict["seed"]
+        self._rewind = None if state_dict["rewind"] is None else Rewind.from_dict(state_dict["rewind"])
         self._restored = True
+
+
+def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    return {name: take(each, plan.kept[name]) if name in plan.kept else each for name, each in tensors.items()}
+
+
+def _check_regrow(regrow: Any, fraction: Any, pattern: str | None) -> None:
+    if regrow is None:
+        return
+    check_choice("regrow", regrow, REGROW)
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise PruningError(f"regrow_fraction must be a number between 0 and 1, got {fraction!r}")
+    if pattern is not None:
+        raise PruningError(f"regrow={regrow!r} moves single weights and would break the pattern {pattern!r}")

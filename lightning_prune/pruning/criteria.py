@@ -1,4 +1,4 @@
-"""Criteria: how much a weight or a neuron matters. Pure functions; higher means keep."""
+"""Criteria: how much a neuron matters. Pure functions; higher means keep."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.groups import NO_UNIT, Groups
 
-__all__ = ["NEURON_CRITERIA", "WEIGHT_CRITERIA", "get_criterion"]
+__all__ = ["NEURON_CRITERIA", "get_criterion"]
 
 NeuronCriterion = Callable[[Groups, Mapping[str, Tensor]], Tensor]
-WeightCriterion = Callable[[Tensor], Tensor]
 
 
 def neuron_l1(groups: Groups, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -69,16 +68,7 @@ def _norms(weight: Tensor, dims: list[int]) -> list[Tensor]:
     return [torch.cat(norms) if dim == 0 else sum(norms[1:], norms[0]) for dim, norms in zip(dims, found, strict=True)]
 
 
-def weight_l1(weight: Tensor) -> Tensor:
-    """Magnitude of each weight: shape and units of the weight.
-
-    Source: Han et al., 2015, "Learning both weights and connections", arXiv:1506.02626.
-    """
-    return weight.detach().abs()
-
-
 NEURON_CRITERIA: dict[str, NeuronCriterion] = {"l1": neuron_l1}
-WEIGHT_CRITERIA: dict[str, WeightCriterion] = {"l1": weight_l1}
 
 
 def get_criterion(name: str, table: Mapping[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:

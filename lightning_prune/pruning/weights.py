@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import NoEffectWarning, PruningError
-from lightning_prune.pruning.criteria import WEIGHT_CRITERIA, get_criterion
-from lightning_prune.pruning.masks import Masks, apply_masks
+from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.run import as_calls
+from lightning_prune.pruning.masks import Masks, apply_masks, whole
+from lightning_prune.pruning.patterns import Pattern, get_pattern
 from lightning_prune.pruning.select import check_amount, check_choice, globs, matching
+from lightning_prune.pruning.weight_criteria import Criterion, Synflow, collect, get_weight_criterion, in_dim
 
-__all__ = ["WEIGHT_SCOPES", "prunable_weights", "prune_weights", "select_weights"]
+__all__ = [
+    "WEIGHT_SCOPES",
+    "Scope",
+    "check_pattern",
+    "check_scope",
+    "choose_masks",
+    "input_dims",
+    "prunable_weights",
+    "prune_weights",
+    "select_weights",
+]
 
-WEIGHT_SCOPES = ("global", "layer")
+WEIGHT_SCOPES = ("erk", "global", "lamp", "layer")
+
+Scope = str | Mapping[str, float]
+"""One of `WEIGHT_SCOPES`, or globs on module names and the amounts of what they match."""
 
 
 def prunable_weights(
@@ -50,69 +68,344 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
+def input_dims(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """The dimension of each weight that runs over the inputs of its layer."""
+    modules = dict(model.named_modules())
+    return {name: in_dim(modules.get(name.rpartition(".")[0])) for name in names}
+
+
+def check_scope(scope: Any) -> None:
+    """Raise a PruningError unless ``scope`` is one of `WEIGHT_SCOPES` or amounts by glob."""
+    if isinstance(scope, Mapping):
+        globs("scope", list(scope))
+        for pattern, amount in scope.items():
+            try:
+                check_amount(amount)
+            except PruningError as error:
+                raise PruningError(f"scope[{pattern!r}]: {error}") from None
+    else:
+        check_choice("scope", scope, WEIGHT_SCOPES)
+
+
+def check_pattern(pattern: Pattern | None, amount: float, shapes: Mapping[str, Sequence[int]], dims: Any) -> None:
+    """Check that weights can have a pattern.
+
+    Raises:
+        PruningError: A weight's shape doesn't allow it, or it doesn't allow the amount.
+    """
+    if pattern is None:
+        return
+    if amount > pattern.most + 1e-12:
+        raise PruningError(
+            f"the pattern {pattern} removes {pattern.most:g} of the weights at most, got amount={amount:g}"
+        )
+    for name, shape in shapes.items():
+        pattern.check(name, tuple(shape), dims.get(name, 1))
+
+
+# -- how much of each weight -------------------------------------------------------------------------------------------
+
+
+def _erk(shapes: Mapping[str, Sequence[int]], amount: float) -> dict[str, float]:
+    """Densities proportional to the sum of a weight's dimensions over their product; the mean is the amount.
+
+    Source: Evci et al., 2020, "Rigging the lottery", arXiv:1911.11134; Mocanu et al., 2018, arXiv:1707.04780.
+    """
+    raw = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
+    dense: set[str] = set()
+    total = sum(prod(shape) for shape in shapes.values())
+    while True:
+        left = (1 - amount) * total - sum(prod(shapes[name]) for name in dense)
+        share = sum(raw[name] * prod(shapes[name]) for name in shapes if name not in dense)
+        scale = left / share if share else 0.0
+        over = {name for name in shapes if name not in dense and scale * raw[name] > 1}
+        if not over:
+            return {name: 0.0 if name in dense else 1 - scale * raw[name] for name in shapes}
+        dense |= over
+
+
+def _amounts_of(scope: Mapping[str, float], names: Sequence[str], amount: float, final: float) -> dict[str, float]:
+    """Each weight's own amount; what no glob matches takes ``amount``. On the way there, the same part of each."""
+    amounts = dict.fromkeys(names, amount)
+    part = amount / final if final else 0.0
+    owners = list(dict.fromkeys(map(_owner, names)))
+    for pattern, own in scope.items():
+        chosen = matching(owners, (pattern,), None)
+        amounts.update({name: own * part for name in names if _owner(name) in chosen})
+    return amounts
+
+
+class _Lamp(Mapping[str, Tensor]):
+    """Each score relative to the sum of those that are not smaller in the same layer, all squared.
+
+    Source: Lee et al., 2021, "Layer-adaptive sparsity for the magnitude-based pruning", arXiv:2010.07611.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        self.scores = scores
+
+    def __getitem__(self, name: str) -> Tensor:
+        score = self.scores[name]
+        flat = score.double().flatten()
+        order = flat.argsort(stable=True)
+        squares = flat[order].clamp(min=0).square()
+        rest = squares.flip(0).cumsum(0).flip(0)
+        relative = torch.empty_like(flat)
+        relative[order] = torch.where(flat[order].isneginf(), -torch.inf, squares / rest.clamp(min=1e-300))
+        return relative.view(score.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+# -- the selection -----------------------------------------------------------------------------------------------------
+
+
+class _Units(Mapping[str, Tensor]):
+    """Scores of what can go, made when asked for: several copies of a model's weights would be too much memory."""
+
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None,
+        pattern: Pattern | None,
+        dims: Mapping[str, int],
+    ) -> None:
+        self.scores = scores
+        self.masks = masks
+        self.pattern = pattern
+        self.dims = dims
+
+    def __getitem__(self, name: str) -> Tensor:
+        score = self.scores[name]
+        if self.masks is not None:
+            score = torch.where(self.masks[name].to(score.device), score, -torch.inf)
+        return score if self.pattern is None else self.pattern.units(score, self.dims.get(name, 1))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
 @torch.no_grad()
 def select_weights(
     scores: Mapping[str, Tensor],
     amount: float,
     *,
-    scope: str = "global",
+    scope: Scope = "global",
     masks: Mapping[str, Tensor] | None = None,
+    pattern: Pattern | None = None,
+    dims: Mapping[str, int] | None = None,
+    final: float | None = None,
 ) -> Masks:
     """Choose which weights stay: exactly ``round(amount * n)`` of n go, those that are gone already first.
 
     Args:
-        scores: By parameter name; higher means keep.
+        scores: By parameter name; higher means keep. Each is asked for several times.
         amount: Fraction that is gone afterwards, [0, 1).
-        scope: ``"global"`` counts n over all parameters, ``"layer"`` over each.
+        scope: ``"global"`` and ``"lamp"`` count n over all parameters, ``"layer"``, ``"erk"`` and amounts by glob over
+            each.
         masks: Those of an earlier selection.
+        pattern: What may go together; with blocks, as many as come nearest to the amount.
+        dims: The dimension of each weight that runs over inputs (1 where it is not given).
+        final: The amount at the end of a schedule, which those of ``scope`` belong to.
 
     Returns:
         Masks by parameter name. Among equal scores those of the lower index go.
     """
-    ranked = {
-        name: score if masks is None else score.masked_fill(~masks[name], -torch.inf) for name, score in scores.items()
+    if scope == "lamp":
+        scores = _Lamp(scores)
+    units = _Units(scores, masks, pattern, dims or {})
+    names = list(scores)
+    kept: dict[str, Tensor] = {}
+    if scope in ("global", "lamp"):
+        kept = _keep(units, names, amount)
+    else:
+        shapes = {name: tuple(scores[name].shape) for name in names}
+        if isinstance(scope, Mapping):
+            amounts = _amounts_of(scope, names, amount, amount if final is None else final)
+        else:
+            amounts = _erk(shapes, amount) if scope == "erk" else dict.fromkeys(names, amount)
+        for name in names:
+            kept |= _keep(units, [name], amounts[name])
+    if pattern is None:
+        return kept
+    return {
+        name: pattern.spread(mask, tuple(scores[name].shape), (dims or {}).get(name, 1)) for name, mask in kept.items()
     }
-    if scope == "layer":
-        return {name: _keep_all_but_lowest([score], amount)[0] for name, score in ranked.items()}
-    return dict(zip(ranked, _keep_all_but_lowest(list(ranked.values()), amount), strict=True))
 
 
-def _keep_all_but_lowest(scores: list[Tensor], amount: float) -> list[Tensor]:
-    flat = torch.cat([score.flatten() for score in scores])
-    count = round(amount * flat.numel())
-    keep = torch.ones_like(flat, dtype=torch.bool)
-    if count:
-        threshold = flat.kthvalue(count).values
-        torch.lt(flat, threshold, out=keep).logical_not_()  # not >=: what is not a number stays
-        ties = (flat == threshold).nonzero().squeeze(1)
-        keep[ties[: count - int((~keep).sum())]] = False
-    return [part.view(score.shape) for part, score in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
+SAMPLES = 1 << 17
+"""How many scores are sorted to find out about where the threshold is."""
+CHUNK = 1 << 22
+"""How many are compared at a time."""
+
+
+def _keep(units: Mapping[str, Tensor], names: Sequence[str], amount: float) -> dict[str, Tensor]:
+    """Masks of the units of some weights together: all but the lowest, those of the lower index first."""
+    sizes = {name: units[name].numel() for name in names}
+    total = sum(sizes.values())
+    count = round(amount * total)
+    if not count:
+        return {name: torch.ones_like(units[name], dtype=torch.bool) for name in names}
+    scores = _Alike(units, names)
+    threshold, lower = _threshold(scores, total, count)
+    masks = {}
+    ties = count - lower  # so many of those that equal the threshold go too
+    for name in names:
+        score = scores[name]
+        gone = score < threshold  # what is not a number stays
+        if ties:
+            equal = (score == threshold).flatten().nonzero().squeeze(1)[:ties]
+            gone.view(-1)[equal] = True
+            ties -= len(equal)
+        masks[name] = gone.logical_not_()
+    return masks
+
+
+class _Alike:
+    """Scores of some weights in a dtype that holds them all."""
+
+    def __init__(self, units: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self.units, self.names = units, names
+        first = units[names[0]]
+        self.device, self.dtype = first.device, first.dtype
+        for name in names[1:]:
+            self.dtype = torch.promote_types(self.dtype, units[name].dtype)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.units[name].to(self.dtype).contiguous()
+
+    def parts(self) -> Iterator[Tensor]:
+        """All scores, some at a time."""
+        for name in self.names:
+            yield from self[name].flatten().split(CHUNK)
+
+
+def _threshold(scores: _Alike, total: int, count: int) -> tuple[float, int]:
+    """The ``count``-th lowest score, and how many are lower; exact, without a copy of all scores.
+
+    A sample tells between which two values it is; only what lies between is sorted.
+    """
+    low, high = -torch.inf, torch.inf
+    if total > 4 * SAMPLES:
+        step = total // SAMPLES
+        sample = torch.cat([scores[name].flatten()[::step].to(scores.device) for name in scores.names]).sort().values
+        place, margin = count / total * len(sample), 4 * len(sample) ** 0.5
+        if (at := int(place - margin)) > 0:
+            low = float(sample[at])
+        if (at := int(place + margin)) < len(sample):
+            high = float(sample[at])
+    below, between = 0, []
+    for part in scores.parts():
+        if low > -torch.inf:
+            below += int((part < low).sum())
+        inside = part if low == -torch.inf and high == torch.inf else part[(part >= low) & (part <= high)]
+        between.append(inside.to(scores.device))
+    found = torch.cat(between)
+    if not below < count <= below + len(found):  # an odd sample
+        found, below = torch.cat([part.to(scores.device) for part in scores.parts()]), 0
+    threshold = found.kthvalue(count - below).values
+    return float(threshold), below + int((found < threshold).sum())
+
+
+class _Scores(Mapping[str, Tensor]):
+    """What a criterion says of each weight, made when asked for."""
+
+    def __init__(self, criterion: Criterion, weights: Mapping[str, Tensor]) -> None:
+        self.criterion = criterion
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return whole(self.criterion.score(name, self.weights[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def choose_masks(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    criterion: Criterion,
+    amount: float,
+    *,
+    scope: Scope = "global",
+    pattern: Pattern | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    calls: Sequence[ModuleCall] = (),
+    before: float = 0.0,
+    final: float | None = None,
+) -> Masks:
+    """Masks that a criterion makes of what it has collected; the model is not changed.
+
+    Args:
+        model: The module that holds the weights.
+        weights: By name.
+        criterion: What judges them.
+        amount: Fraction that is gone afterwards.
+        scope: What it is a fraction of.
+        pattern: What may go together.
+        masks: What is gone already.
+        calls: Calls of the model, where a criterion needs to run it.
+        before: The fraction that is gone already.
+        final: The amount at the end of the schedule.
+    """
+    options: dict[str, Any] = {"scope": scope, "pattern": pattern, "dims": input_dims(model, list(weights))}
+    options["final"] = amount if final is None else final
+    if not isinstance(criterion, Synflow):
+        criterion.ready(weights)
+        return select_weights(_Scores(criterion, weights), amount, masks=masks, **options)
+    rounds = max(round(criterion.rounds * (amount - before) / (options["final"] or 1.0)), 1)
+    for number in range(1, rounds + 1):
+        criterion.flow(model, calls, weights, masks)
+        left = (1 - before) * ((1 - amount) / (1 - before)) ** (number / rounds)
+        now = amount if number == rounds else 1 - left
+        masks = select_weights(_Scores(criterion, weights), now, masks=masks, **options)
+    return dict(masks or {})
 
 
 def prune_weights(
     model: nn.Module,
     amount: float,
     *,
-    criterion: str = "l1",
-    scope: str = "global",
+    criterion: str | Callable[[Tensor], Tensor] = "l1",
+    scope: Scope = "global",
+    pattern: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    example_inputs: Any = None,
 ) -> Masks:
     """Set the least important weights of a model to zero, in place.
 
     Args:
         model: Any module.
         amount: Fraction of the considered weights that goes, [0, 1).
-        criterion: What makes a weight important: ``"l1"``, its magnitude.
-        scope: ``"global"`` ranks all weights together, ``"layer"`` takes the same fraction of each parameter.
+        criterion: What makes a weight important: ``"l1"``, its magnitude; ``"random"``; from the gradients that the
+            parameters hold ``"taylor"``, ``"snip"``, ``"movement"`` and ``"fisher"``; from a run on ``example_inputs``
+            ``"wanda"`` and ``"synflow"``; or a function that maps a parameter to scores of its shape.
+        scope: ``"global"`` ranks all weights together, ``"layer"`` takes the same fraction of each parameter, ``"erk"``
+            more of large ones, ``"lamp"`` ranks all by their share in their layer; or amounts by glob on module names
+            (what none matches takes ``amount``).
+        pattern: ``"n:m"``: of m weights in a row along the input dimension n stay at least (``"2:4"``);
+            ``"block:RxC"``: blocks of R outputs and C inputs go together; None: single weights.
         include: Globs on module names: only their weights (None: all).
         exclude: Globs on module names: not their weights.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of ``model``.
 
     Returns:
         Bool masks by parameter name, True = kept.
 
     Raises:
-        PruningError: Bad arguments or nothing to prune; the model is untouched.
+        PruningError: Bad arguments, nothing to prune, a weight that doesn't fit the pattern, or a criterion that lacks
+            what it needs; the model is untouched.
 
     Warns:
         NoEffectWarning: Nothing was pruned.
@@ -126,11 +419,34 @@ def prune_weights(
     if not isinstance(model, nn.Module):
         raise PruningError(f"model must be an nn.Module, got {type(model).__name__}")
     amount = check_amount(amount)
-    check_choice("scope", scope, WEIGHT_SCOPES)
-    score = get_criterion(criterion, WEIGHT_CRITERIA)
+    check_scope(scope)
+    judge, shape = get_weight_criterion(criterion), get_pattern(pattern)
     weights = prunable_weights(model, globs("include", include), globs("exclude", exclude))
-    masks = select_weights({name: score(w) for name, w in weights.items()}, amount, scope=scope)
+    check_fit(model, weights, amount, scope, shape)
+    calls = () if example_inputs is None else as_calls(example_inputs)
+    collect(judge, model, weights, calls)
+    masks = choose_masks(model, weights, judge, amount, scope=scope, pattern=shape, calls=calls)
     apply_masks(weights, masks)
     if all(bool(mask.all()) for mask in masks.values()):
         warnings.warn(f"amount={amount:g} rounds to no weight at all", NoEffectWarning, stacklevel=2)
     return masks
+
+
+def check_fit(
+    model: nn.Module, weights: Mapping[str, Tensor], amount: float, scope: Scope, pattern: Pattern | None
+) -> None:
+    """Check scope and pattern against a model.
+
+    Raises:
+        PruningError: A glob names no layer, a shape doesn't allow the pattern, or the pattern not the amount.
+    """
+    largest = amount
+    if isinstance(scope, Mapping):
+        amounts = _amounts_of(scope, list(weights), amount, amount or 1.0)
+        if not amount:
+            amounts = _amounts_of(scope, list(weights), 1.0, 1.0)
+        largest = max(amounts.values())
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if scope == "erk":
+        largest = max(_erk(shapes, amount).values())
+    check_pattern(pattern, largest, shapes, input_dims(model, list(weights)))

@@ -788,7 +788,7 @@ def test_amount_must_be_a_fraction(amount: Any) -> None:
     [
         ({"start": 0.9}, ["start=0.9", "end=0.5"]),
         ({"start": 3, "end": 3}, ["start=3", "end=3"]),
-        ({"schedule": "cubik"}, ["'cubik'", "cubic, linear, one_shot"]),
+        ({"schedule": "cubik"}, ["'cubik'", "cubic, exponential, linear"]),
         ({"criterion": "l3"}, ["'l3'", "l1"]),
         ({"scope": "local"}, ["'local'", "'global'", "'layer'"]),
         ({"of": "flops"}, ["'flops'", "'neurons'", "'params'", "'macs'"]),

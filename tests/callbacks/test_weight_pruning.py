@@ -394,7 +394,7 @@ def test_amount_must_be_a_fraction(amount: Any) -> None:
         ({"end": "0.5"}, ["end", "'0.5'"]),
         ({"end": True}, ["end", "True"]),
         ({"start": float("nan")}, ["start", "nan"]),
-        ({"schedule": "cubik"}, ["'cubik'", "cubic, linear, one_shot"]),
+        ({"schedule": "cubik"}, ["'cubik'", "cubic, exponential, linear"]),
         ({"schedule": None}, ["None", "cubic"]),
         ({"criterion": "l3"}, ["'l3'", "l1"]),
         ({"scope": "local"}, ["'local'", "'global'", "'layer'"]),
