@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,6 +35,17 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import NeuronPruning, WeightPruning
 from lightning_prune.report.run import latencies
+
+
+def run_script(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 class Noisy(Task):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.graph.run import named_tensors
-from lightning_prune.pruning.masks import local
+from lightning_prune.pruning.masks import local, share_of, whole
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.surgery import take
 
@@ -51,7 +51,7 @@ class Rewind:
         tensors = named_tensors(model)
         for name, value in self.tensors.items():
             if name in tensors:
-                local(tensors[name]).copy_(value)
+                _put(tensors[name], value)
         names = {id(tensor): name for name, tensor in tensors.items()}
         for optimizer, states in zip(optimizers, self.states, strict=False):
             for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
@@ -63,7 +63,7 @@ class Rewind:
                 for key, value in state.items():
                     old = now.get(key)
                     if isinstance(value, Tensor) and isinstance(old, Tensor):
-                        local(old).copy_(value)
+                        _put(old, value)
                     else:
                         now[key] = value.to(parameter.device) if isinstance(value, Tensor) else value
 
@@ -91,4 +91,8 @@ class Rewind:
 
 
 def _copy(value: Any) -> Any:
-    return local(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return whole(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    local(tensor).copy_(share_of(value, tensor))

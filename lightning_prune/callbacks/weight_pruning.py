@@ -14,7 +14,7 @@ from lightning_prune.callbacks._base import ConfigurationError, PruningCallback,
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._rewind import Rewind
 from lightning_prune.errors import PruningError
-from lightning_prune.pruning.masks import HeldMasks, Masks, apply_masks, local, share_of, whole
+from lightning_prune.pruning.masks import HeldMasks, Masks, apply_masks, local, placed_like, share_of, whole
 from lightning_prune.pruning.patterns import get_pattern
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.regrow import REGROW, moved, share
@@ -137,6 +137,10 @@ class WeightPruning(PruningCallback):
                     raise ConfigurationError(
                         f"two WeightPruning callbacks prune {common[0]!r}; keep them apart with include and exclude"
                     )
+        self._take_up(pl_module, weights)
+
+    def _take_up(self, pl_module: Any, weights: dict[str, torch.nn.Parameter]) -> None:
+        """Go on with the masks of a checkpoint or of an earlier fit, or start anew."""
         if not self._fit_masks(weights):
             self.masks_, self.amount_, self._pruned = {}, 0.0, 0.0  # masks of another model: this fit starts anew
             self._restored = False
@@ -161,6 +165,8 @@ class WeightPruning(PruningCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch the optimizers; a resumed run continues with its masks in place."""
         super().on_train_start(trainer, pl_module)
+        if self._restored:  # a strategy that shards restores everything only now
+            self._take_up(pl_module, self._weights(pl_module))
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % (1 << 62))
         if self.rewind_to is not None:
@@ -191,6 +197,7 @@ class WeightPruning(PruningCallback):
         weights = self._weights(pl_module)
         self._names = {id(weight): name for name, weight in weights.items()}
         self.masks_ = {name: mask.to(weights[name].device) for name, mask in self.masks_.items()}
+        self._judge.sums = {name: placed_like(each, weights[name]) for name, each in self._judge.sums.items()}
         self._held = HeldMasks(weights, self.masks_) if self.masks_ else None
 
     def _hold(self, trainer: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-__all__ = ["HeldMasks", "Masks", "apply_masks", "local", "mask_optimizer", "share_of", "whole"]
+__all__ = ["HeldMasks", "Masks", "apply_masks", "local", "mask_optimizer", "placed_like", "share_of", "whole"]
 
 Masks = dict[str, Tensor]
 """Bool masks by parameter name, of the parameter's shape; True = kept."""
@@ -45,16 +45,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
-def share_of(mask: Tensor, tensor: Tensor) -> Tensor:
-    """The part of a mask that belongs to the part of a tensor that this process holds."""
+def placed_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor on the device of another of its shape, distributed like it."""
     mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        return mask
+    if mesh is None or value.shape != tensor.shape or hasattr(value, "device_mesh"):
+        return value.to(local(tensor).device)
     from torch.distributed.tensor import distribute_tensor
 
-    placed: Any = distribute_tensor(mask.to(local(tensor).device), mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
-    part: Tensor = placed.to_local()
-    return part
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    placed: Tensor = distribute_tensor(value.to(local(tensor).device), mesh, placements, src_data_rank=None)
+    return placed
+
+
+def share_of(mask: Tensor, tensor: Tensor) -> Tensor:
+    """The part of a mask that belongs to the part of a tensor that this process holds."""
+    return local(placed_like(mask, tensor))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -306,32 +307,27 @@ class Synflow(Criterion):
         masks: Mapping[str, Tensor],
         dtype: torch.dtype | None,
     ) -> dict[str, Tensor]:
-        held = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        values = [t.data for t in held]
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            for tensor in held:
-                tensor.data = tensor.data.abs().to(dtype or tensor.dtype)
-            for name, mask in masks.items():
-                weights[name].data *= mask
-            for parameter, _ in flags:
-                parameter.requires_grad_(any(parameter is weight for weight in weights.values()))
-            with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-                model.eval()
+        mask_of = {id(weights[name]): mask for name, mask in masks.items()}
+        flags = {id(weight) for weight in weights.values()}
+        magnitudes: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    size = whole(tensor.detach()).abs().to(dtype or tensor.dtype)
+                    magnitudes[id(tensor)] = size * mask_of[id(tensor)] if id(tensor) in mask_of else size
+        with undisturbed(model), _standing_in(model, magnitudes, flags) as stand_ins:
+            model.eval()
+            with torch.inference_mode(False), torch.enable_grad():
                 outputs = tensors([_run(model, _cast(call, dtype)) for call in calls])
                 reached = [t.double().sum() for t in outputs if t.requires_grad]
                 if not reached:
                     raise PruningError("criterion 'synflow': no output depends on the weights")
-                found = torch.autograd.grad(torch.stack(reached).sum(), list(weights.values()), allow_unused=True)
-            return {
-                name: torch.zeros_like(weight) if gradient is None else (weight.detach() * gradient).abs()
-                for (name, weight), gradient in zip(weights.items(), found, strict=True)
-            }
-        finally:
-            for tensor, value in zip(held, values, strict=True):
-                tensor.data = value
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+                leaves = {name: stand_ins[id(weight)] for name, weight in weights.items()}
+                found = torch.autograd.grad(torch.stack(reached).sum(), list(leaves.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if gradient is None else (leaf.detach() * gradient).abs()
+            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+        }
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         """|w · ∂R/∂w|."""
@@ -347,6 +343,41 @@ def _ones(call: ModuleCall) -> ModuleCall:
         return torch.ones_like(leaf[:1]) if leaf.is_floating_point() else leaf[:1]
 
     return ModuleCall(call.path, tree_map(one, call.args), tree_map(one, call.kwargs))
+
+
+@contextmanager
+def _standing_in(model: nn.Module, values: Mapping[int, Tensor], flags: set[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, the model holds other tensors: ``values``, by the id of the own; those in ``flags`` require gradients.
+
+    Its own are not touched: a gradient hook, such as DDP's, is lost where a parameter's data changes its dtype.
+    """
+    own = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    stand_ins = {
+        key: nn.Parameter(value, requires_grad=key in flags) if isinstance(own[key], nn.Parameter) else value
+        for key, value in values.items()
+    }
+    held: list[tuple[dict[Any, Any], Any, Any]] = []
+    try:
+        for module in model.modules():
+            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for registry in registries:
+                for name, tensor in list(registry.items()):
+                    if id(tensor) in stand_ins:
+                        held.append((registry, name, tensor))
+                        registry[name] = stand_ins[id(tensor)]
+            if isinstance(module, nn.RNNBase):
+                held.append((module.__dict__, "_flat_weights", module._flat_weights))
+                module.__dict__["_flat_weights"] = [
+                    stand_ins.get(id(weight), weight) for weight in module._flat_weights
+                ]
+            if "FSDPModule" in {cls.__name__ for cls in type(module).__mro__}:  # its hooks would bring its own back
+                for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                    held.append((module.__dict__, hooks, module.__dict__[hooks]))
+                    module.__dict__[hooks] = OrderedDict()
+        yield stand_ins
+    finally:
+        for registry, name, value in reversed(held):
+            registry[name] = value
 
 
 def _cast(call: ModuleCall, dtype: torch.dtype | None) -> ModuleCall:
