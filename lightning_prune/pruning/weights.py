@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -234,84 +235,101 @@ def select_weights(
         for name in names:
             kept |= _keep(units, [name], amounts[name])
     if pattern is None:
-        return kept
+        return {name: kept[name] for name in names}
     return {
         name: pattern.spread(mask, tuple(scores[name].shape), (dims or {}).get(name, 1)) for name, mask in kept.items()
     }
 
 
-SAMPLES = 1 << 17
-"""How many scores are sorted to find out about where the threshold is."""
-CHUNK = 1 << 22
+FEW = 1 << 19
+"""So many scores are simply sorted."""
+STRIDE = 128
+"""Of more, one in so many is, to find out about where the threshold is."""
+CHUNK = 1 << 20
 """How many are compared at a time."""
 
 
 def _keep(units: Mapping[str, Tensor], names: Sequence[str], amount: float) -> dict[str, Tensor]:
     """Masks of the units of some weights together: all but the lowest, those of the lower index first."""
-    sizes = {name: units[name].numel() for name in names}
-    total = sum(sizes.values())
-    count = round(amount * total)
-    if not count:
-        return {name: torch.ones_like(units[name], dtype=torch.bool) for name in names}
-    scores = _Alike(units, names)
-    threshold, lower = _threshold(scores, total, count)
+    survey = _survey(units, names)
+    count = round(amount * survey.total)
+    threshold, lower = _threshold(units, names, survey, count) if count else (-torch.inf, 0)
     masks = {}
     ties = count - lower  # so many of those that equal the threshold go too
     for name in names:
-        score = scores[name]
-        gone = score < threshold  # what is not a number stays
-        if ties:
-            equal = (score == threshold).flatten().nonzero().squeeze(1)[:ties]
-            gone.view(-1)[equal] = True
-            ties -= len(equal)
-        masks[name] = gone.logical_not_()
+        keep = torch.empty(survey.shapes[name], dtype=torch.bool, device=survey.devices[name])
+        rows = keep.view(-1).split(CHUNK)
+        for mask, part in zip(rows, units[name].flatten().split(CHUNK), strict=True):
+            part = part.to(survey.dtype)
+            torch.lt(part, threshold, out=mask).logical_not_()  # not >=: what is not a number stays
+            if ties:
+                equal = (part == threshold).nonzero().squeeze(1)[:ties]
+                mask[equal] = False
+                ties -= len(equal)
+        masks[name] = keep
     return masks
 
 
-class _Alike:
-    """Scores of some weights in a dtype that holds them all."""
+@dataclass(frozen=True)
+class _Survey:
+    """What a first look at some scores tells: shapes and devices by name, a dtype that holds them all, a sample."""
 
-    def __init__(self, units: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self.units, self.names = units, names
-        first = units[names[0]]
-        self.device, self.dtype = first.device, first.dtype
-        for name in names[1:]:
-            self.dtype = torch.promote_types(self.dtype, units[name].dtype)
+    shapes: dict[str, tuple[int, ...]]
+    devices: dict[str, torch.device]
+    dtype: torch.dtype
+    sample: Tensor
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.units[name].to(self.dtype).contiguous()
-
-    def parts(self) -> Iterator[Tensor]:
-        """All scores, some at a time."""
-        for name in self.names:
-            yield from self[name].flatten().split(CHUNK)
+    @property
+    def total(self) -> int:
+        """Number of scores."""
+        return sum(map(prod, self.shapes.values()))
 
 
-def _threshold(scores: _Alike, total: int, count: int) -> tuple[float, int]:
+def _survey(units: Mapping[str, Tensor], names: Sequence[str]) -> _Survey:
+    shapes, devices, samples = {}, {}, []
+    for name in names:
+        score = units[name]
+        shapes[name], devices[name] = tuple(score.shape), score.device
+        samples.append(score.flatten()[::STRIDE].clone())
+        del score
+    home = samples[0].device
+    sample = torch.cat([each.to(home) for each in samples])  # in a dtype that holds them all
+    return _Survey(shapes, devices, sample.dtype, sample)
+
+
+def _threshold(units: Mapping[str, Tensor], names: Sequence[str], survey: _Survey, count: int) -> tuple[float, int]:
     """The ``count``-th lowest score, and how many are lower; exact, without a copy of all scores.
 
     A sample tells between which two values it is; only what lies between is sorted.
     """
     low, high = -torch.inf, torch.inf
-    if total > 4 * SAMPLES:
-        step = total // SAMPLES
-        sample = torch.cat([scores[name].flatten()[::step].to(scores.device) for name in scores.names]).sort().values
-        place, margin = count / total * len(sample), 4 * len(sample) ** 0.5
+    if survey.total > FEW:
+        sample = survey.sample.sort().values
+        place, margin = count / survey.total * len(sample), 4 * len(sample) ** 0.5
         if (at := int(place - margin)) > 0:
             low = float(sample[at])
         if (at := int(place + margin)) < len(sample):
             high = float(sample[at])
-    below, between = 0, []
-    for part in scores.parts():
-        if low > -torch.inf:
-            below += int((part < low).sum())
-        inside = part if low == -torch.inf and high == torch.inf else part[(part >= low) & (part <= high)]
-        between.append(inside.to(scores.device))
-    found = torch.cat(between)
+    below, found = _between(units, names, survey, low, high)
     if not below < count <= below + len(found):  # an odd sample
-        found, below = torch.cat([part.to(scores.device) for part in scores.parts()]), 0
+        below, found = _between(units, names, survey, -torch.inf, torch.inf)
     threshold = found.kthvalue(count - below).values
     return float(threshold), below + int((found < threshold).sum())
+
+
+def _between(
+    units: Mapping[str, Tensor], names: Sequence[str], survey: _Survey, low: float, high: float
+) -> tuple[int, Tensor]:
+    """How many scores are below ``low``, and those from ``low`` to ``high``; all if these are infinite."""
+    below, found = 0, []
+    everything = low == -torch.inf and high == torch.inf
+    for name in names:
+        for part in units[name].flatten().split(CHUNK):
+            part = part.to(survey.dtype)
+            below += 0 if everything else int((part < low).count_nonzero())
+            inside = part if everything else part[(part >= low) & (part <= high)]
+            found.append(inside.to(survey.sample.device))
+    return below, torch.cat(found)
 
 
 class _Scores(Mapping[str, Tensor]):
