@@ -10,6 +10,7 @@ from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.report.cost import count_cost
 from lightning_prune.report.report import Report
 from lightning_prune.schedulers import create_lr_scheduler, preview_lr
+from lightning_prune.sparse import to_semi_structured
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "prune_neurons",
     "prune_weights",
     "save_pruned",
+    "to_semi_structured",
 ]

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 FLOORS = [("errors",), ("graph",), ("pruning",), ("report", "export"), ("callbacks",)]
 """From the ground up; what stands beside the floors (models, schedulers) may use errors and each other."""
-BESIDE = ("models", "schedulers", "_lightning")
+BESIDE = ("models", "schedulers", "sparse", "_lightning")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics")
 
 
