@@ -69,6 +69,7 @@ class SizePatch:
         size: What is to be asked for.
         asked: What the forward itself asks for there; None: that varies, or it leaves it open.
         of: Dimensions of the tensor that it is asked of, and their sizes.
+        ranks: How many sizes are asked for, and of how many dimensions; -1: that varies.
         calls: How often that run called the function in this module; 0: not known.
         before: The patch that this one takes the place of.
     """
@@ -78,11 +79,14 @@ class SizePatch:
     size: int
     asked: int | None = field(default=None, compare=False)
     of: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    ranks: tuple[int, int] = field(default=(-1, -1), compare=False)
     calls: int = field(default=0, compare=False)
     before: SizePatch | None = field(default=None, compare=False)
 
     def fits(self, asked: Sequence[Any], shape: Sequence[int]) -> bool:
         """Whether a call that asks for these sizes of a tensor of this shape is one that the patch is for."""
+        if any(own not in (-1, other) for own, other in zip(self.ranks, (len(asked), len(shape)), strict=True)):
+            return False
         if self.asked is not None and (self.dim >= len(asked) or asked[self.dim] != self.asked):
             return False
         return all(-len(shape) <= dim < len(shape) and shape[dim] == size for dim, size in self.of)
@@ -92,7 +96,7 @@ class SizePatch:
         site = self.site
         data: dict[str, Any] = {"module": site.module, "function": site.function, "call": site.call}
         data |= {"dim": self.dim, "size": self.size, "asked": self.asked, "of": [list(each) for each in self.of]}
-        data |= {"calls": self.calls}
+        data |= {"ranks": list(self.ranks), "calls": self.calls}
         return data if self.before is None else data | {"before": self.before.to_dict()}
 
     @classmethod
@@ -108,6 +112,7 @@ class SizePatch:
             int(data["size"]),
             None if asked is None else int(asked),
             tuple((int(dim), int(size)) for dim, size in data["of"]),
+            (int(data["ranks"][0]), int(data["ranks"][1])),
             int(data["calls"]),
             None if before is None else cls.from_dict(before),
         )
@@ -255,23 +260,23 @@ def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], sha
         PruningError: Several patches fit it, but it is none of the calls that were traced.
     """
     fitting: dict[int, dict[int, int]] = {}
+    sure = True
     for patch in patches:
         if patch.fits(asked, shape):
             fitting.setdefault(patch.site.call, {})[patch.dim] = patch.size
-    if not fitting:
-        return {}
-    if number in fitting:
-        return fitting[number]
+            sure = sure and patch.asked is not None and bool(patch.of)
+    if not fitting or number in fitting:
+        return fitting.get(number, {})
     known = max(patch.calls for patch in patches)
-    told = any(patch.of for patch in patches if patch.site.call in fitting)
-    if not told and number < known:
-        return {}  # it was right as it is
-    if known and number >= known and number % known in fitting:
-        return fitting[number % known]  # another turn of a loop
     first, *others = fitting.values()
-    if not told:
+    alike = all(other == first for other in others)
+    if number < known:  # a traced call that needed nothing, unless there was one more before it
+        return first if sure and alike else {}
+    if known and number % known in fitting:
+        return fitting[number % known]  # another turn of a loop
+    if not sure:
         return {}
-    if any(other != first for other in others):
+    if not alike:
         raise PruningError(
             f"call {number} of {patches[0].site.function} in {patches[0].site.module or 'the model itself'} was not "
             f"there when the model was pruned, and it may be any of {sorted(fitting)}: prune the model with "
@@ -365,6 +370,7 @@ class SizeChecker(TorchFunctionMode):
         stack: The modules of the model that runs.
         expected: The sizes that calls should ask for, by place.
         asked: What the forward asked for in each call that it made, by place.
+        ranks: How many sizes that was, and of how many dimensions.
         wrong: What to write in calls that asked for something else.
     """
 
@@ -373,6 +379,7 @@ class SizeChecker(TorchFunctionMode):
         self.stack = stack
         self.expected = expected
         self.asked: dict[CallSite, dict[int, Any]] = {}
+        self.ranks: dict[CallSite, tuple[int, int]] = {}
         self.wrong: dict[CallSite, dict[int, int]] = {}
 
     def __torch_function__(
@@ -385,6 +392,7 @@ class SizeChecker(TorchFunctionMode):
             kind = SIZED_FUNCTIONS[name]
             given = dict(enumerate(kind.read(args, kwargs)))
             self.asked[site] = given
+            self.ranks[site] = (-1 if kind.together else len(given), len(shape_of_input(args, kwargs)))
             expected = self.expected.get(site)
             if expected:
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}

@@ -547,14 +547,15 @@ def _patch(
     right = asked is not None or extent is None or size == len(extent.unit_of)
     if before is None and right and dim not in checker.wrong.get(site, {}):
         return None
-    if size == -1:
+    if size == -1 and (extent is None or extent.repeats):  # it may be a multiple of the batch
         own = None
     elif asked is not None:
         own = asked.get(dim)
     else:
         own = before.asked if before is not None else len(extent.unit_of) if extent is not None else None
     calls = checker.stack.calls.get((site.module, site.function), 0 if before is None else before.calls)
-    patch = SizePatch(site, dim, size, own, groups.read_of(site, alive), calls, before)
+    ranks = checker.ranks.get(site, (-1, -1) if before is None else before.ranks)
+    patch = SizePatch(site, dim, size, own, groups.read_of(site, alive), ranks, calls, before)
     if before is not None and replace(patch, before=before.before).to_dict() == before.to_dict():
         return before
     return patch

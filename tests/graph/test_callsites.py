@@ -285,7 +285,7 @@ def test_a_patch_is_plain_data() -> None:
     data = patch.to_dict()
     assert data == {
         **{"module": "a.b", "function": "reshape", "call": 2, "dim": 1, "size": 24},
-        **{"asked": None, "of": [], "calls": 0},
+        **{"asked": None, "of": [], "ranks": [-1, -1], "calls": 0},
     }
     assert SizePatch.from_dict(data) == patch
     with pytest.raises(PruningError, match="unknown function 'exec'; known: view, reshape, expand"):
