@@ -53,7 +53,8 @@ class NeuronPruning(PruningCallback):
         of: What the fraction is of: ``"neurons"``, ``"params"`` or ``"macs"``.
         criterion: What makes a neuron important: ``"l1"``, the L1 norm of all its slices.
         scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group.
-        schedule: ``"cubic"``, ``"linear"`` or ``"one_shot"``.
+        schedule: ``"cubic"``, ``"linear"``, ``"exponential"``, ``"one_cycle"``, ``"one_shot"``, or a function of the
+            schedule's progress (0 to 1) that gives the part of the amount that is gone.
         start: Where the schedule starts: a fraction of training (float) or an epoch (int).
         end: Where the full amount is reached, likewise.
         every: ``"epoch"``: prune at the end of each epoch; or a number of optimizer steps.
@@ -84,7 +85,7 @@ class NeuronPruning(PruningCallback):
         of: str = "neurons",
         criterion: str = "l1",
         scope: str = "global",
-        schedule: str = "cubic",
+        schedule: str | Callable[[float], float] = "cubic",
         start: Point = 0.0,
         end: Point = 0.5,
         every: int | str = "epoch",
