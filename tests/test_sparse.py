@@ -44,5 +44,5 @@ def test_outputs_stay_what_they_were() -> None:
 def test_single_precision_is_refused() -> None:
     model = net().cuda()
     prune_weights(model, 0.5, pattern="2:4")
-    with pytest.raises(PruningError, match="is float32; call model.half"):
+    with pytest.raises(PruningError, match=r"is float32; call model\.half"):
         to_semi_structured(model)

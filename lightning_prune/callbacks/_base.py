@@ -82,6 +82,7 @@ class PruningCallback(Callback):
         self.monitor = monitor
         self.amount_ = 0.0
         self._progress = 0.0
+        self._part = 0.0
         self.report_: Report | None = None
         self._clock: Clock | None = None
         self._steps = 0
@@ -230,11 +231,11 @@ class PruningCallback(Callback):
         self._steps = trainer.global_step
         if last or final or passed:
             progress = self._clock.progress(epochs, trainer.global_step)
-            amount = self.amount * get_schedule(self.schedule, self.amount)(progress)
             self._progress = progress
             # A schedule never takes anything back: a second fit starts where the first one stopped.
-            self.amount_ = max(self.amount_, amount)
-            if self.amount_ > 0:
+            self._part = max(self._part, get_schedule(self.schedule, self.amount)(progress))
+            self.amount_ = max(self.amount_, self.amount * self._part)
+            if self._part > 0:
                 self._prune(trainer, pl_module, self.amount_)
         if (last or final) and self._speaks(trainer):
             self._log(trainer, pl_module)

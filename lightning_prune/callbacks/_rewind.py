@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,9 @@ class Rewind:
                     if isinstance(value, Tensor) and isinstance(old, Tensor):
                         _put(old, value)
                     else:
-                        now[key] = value.to(parameter.device) if isinstance(value, Tensor) else value
+                        now[key] = (
+                            value.to(parameter.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+                        )
 
     def follow(self, plan: Plan) -> None:
         """Neurons were removed."""
@@ -90,8 +93,8 @@ class Rewind:
         return cls(dict(data["tensors"]), list(data["states"]))
 
 
-def _copy(value: Any) -> Any:
-    return whole(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
+def _copy(value: Any, device: torch.device | str = "cpu") -> Any:
+    return whole(value.detach()).to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _put(tensor: Tensor, value: Tensor) -> None:

@@ -136,7 +136,8 @@ class NeuronPruning(PruningCallback):
         if any(isinstance(other, NeuronPruning) and other is not self for other in trainer.callbacks):
             raise ConfigurationError("only one NeuronPruning callback can be in the Trainer's callbacks")
         if not _made_by(self.plan_, pl_module):
-            self.plan_, self._dense, self.amount_ = Plan({}, {}), None, 0.0  # nothing gone yet, or another model
+            self.amount_, self._part = 0.0, 0.0
+            self.plan_, self._dense = Plan({}, {}), None  # nothing gone yet, or another model
         install_patches(pl_module, self.plan_.patches)
         self.groups_ = None
         inputs = self.example_inputs
@@ -278,6 +279,7 @@ class NeuronPruning(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
         self.amount_ = state_dict["amount"]
+        self._part = self.amount_ / self.amount if self.amount else 0.0
         self.plan_ = Plan.from_dict(state_dict["plan"])
         self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
         self._macs = state_dict["macs"]

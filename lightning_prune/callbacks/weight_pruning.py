@@ -20,7 +20,7 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.regrow import REGROW, moved, share
 from lightning_prune.pruning.select import check_choice, globs
 from lightning_prune.pruning.surgery import take
-from lightning_prune.pruning.weight_criteria import GradientCriterion, Random, Wanda, get_weight_criterion, mix_seed
+from lightning_prune.pruning.weight_criteria import L1, GradientCriterion, Random, Wanda, get_weight_criterion, mix_seed
 from lightning_prune.pruning.weights import check_fit, check_scope, choose_masks, prunable_weights
 
 __all__ = ["WeightPruning"]
@@ -107,6 +107,8 @@ class WeightPruning(PruningCallback):
         self._held: HeldMasks | None = None
         self._names: dict[int, str] = {}
         self._masked: set[int] = set()
+        self._gradients: dict[str, Tensor] = {}
+        self._keeps_gradients = False
         self._handles: list[RemovableHandle] = []
         self._restored = False
         self._seed: int | None = None
@@ -141,8 +143,16 @@ class WeightPruning(PruningCallback):
 
     def _take_up(self, pl_module: Any, weights: dict[str, torch.nn.Parameter]) -> None:
         """Go on with the masks of a checkpoint or of an earlier fit, or start anew."""
-        if not self._fit_masks(weights):
-            self.masks_, self.amount_, self._pruned = {}, 0.0, 0.0  # masks of another model: this fit starts anew
+        fits = self._fit_masks(weights)
+        if self._restored and not fits:
+            raise ConfigurationError("WeightPruning: the checkpoint's masks are not those of this model's weights")
+        if not fits:
+            self.masks_, self.amount_, self._part, self._pruned = (
+                {},
+                0.0,
+                0.0,
+                0.0,
+            )  # masks of another model: this fit starts anew
             self._restored = False
         if not self._restored:
             self._judge.sums, self._rewind, self._seed = {}, None, None
@@ -169,6 +179,8 @@ class WeightPruning(PruningCallback):
             self._take_up(pl_module, self._weights(pl_module))
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % (1 << 62))
+        # Manual optimization may clear them before the pruning.
+        self._keeps_gradients = not pl_module.automatic_optimization
         if self.rewind_to is not None:
             self._prepare_rewind(trainer, pl_module, self.rewind_to)
         self._handles = [o.register_step_pre_hook(self._before_step) for o in trainer.optimizers]
@@ -179,13 +191,23 @@ class WeightPruning(PruningCallback):
 
     def _prepare_rewind(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         assert self._clock is not None
-        steps = (epoch - 1) * self._clock.steps_per_epoch if epoch > 0 else 0
-        if epoch and steps < float("inf") and self._clock.progress(epoch - 1, int(steps)) > 0:
+        per_epoch = self._clock.steps_per_epoch
+        steps = 0 if per_epoch == float("inf") else int((epoch - 1) * per_epoch)
+        epochs: float = epoch - 1
+        if self.every != "epoch":  # the last pruning that may come before the epoch's end
+            epochs = epoch - (1e-9 if per_epoch == float("inf") else 1 / trainer.num_training_batches)
+            steps += 0 if per_epoch == float("inf") else int(per_epoch) - 1
+        if epoch and self._clock.progress(epochs, steps) > 0:
             raise ConfigurationError(
                 f"WeightPruning: rewind_to={epoch} lies after the first pruning; let the schedule start later"
             )
         if epoch == 0 and self._rewind is None and trainer.global_step == 0:
             self._rewind = Rewind.of(pl_module, trainer.optimizers)
+        over = trainer.global_step > 0 if epoch == 0 else trainer.current_epoch >= epoch
+        if over and self._rewind is None and self._part < 1:
+            raise ConfigurationError(
+                f"WeightPruning: rewind_to={epoch} is over, and the checkpoint has no snapshot of it"
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Remember what to go back to, then prune."""
@@ -210,22 +232,35 @@ class WeightPruning(PruningCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """The gradients of a step are complete: the criterion sees them whole, the optimizer only what is kept."""
-        self._take_gradients(optimizer)
+        if self._held is not None and self.regrow != "rigl":  # clipping by norm sees what is kept
+            self._held.before_step(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        closure = args[0] if args else kwargs.get("closure")
-        if closure is None and id(optimizer) not in self._masked:  # else the gradients come later, or were seen
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
+        if closure is None:
             self._take_gradients(optimizer)
+            return None
+
+        def last() -> Any:
+            result = closure()  # Lightning's runs hooks and clips in here
+            self._take_gradients(optimizer)
+            return result
+
+        return ((args[0], last, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": last})
 
     def _take_gradients(self, optimizer: Optimizer) -> None:
-        if isinstance(self._judge, GradientCriterion) and self.amount_ < self.amount:
+        if isinstance(self._judge, GradientCriterion) and self._part < 1:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self._names.get(id(parameter))
                     if name is not None and parameter.grad is not None:
                         self._judge.collect(name, parameter, parameter.grad)
-        if self._held is not None and self.regrow != "rigl":  # which wants to see the others too
-            self._held.before_step(optimizer)
+        if self.regrow == "rigl" and self._keeps_gradients and self._progress < 1:
+            for group in optimizer.param_groups:
+                found = {self._names.get(id(p)): p.grad for p in group["params"] if p.grad is not None}
+                self._gradients |= {name: grad.detach().clone() for name, grad in found.items() if name is not None}
+        # RigL wants to see the gradients of what is masked too.
+        if self._held is not None and self.regrow != "rigl" and self._held.before_step(optimizer):
             self._masked.add(id(optimizer))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -234,27 +269,30 @@ class WeightPruning(PruningCallback):
         self._masked.discard(id(optimizer))
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
-        weights, further = self._weights(pl_module), amount > self._pruned
+        weights, further = self._weights(pl_module), self._part > self._pruned
         step = mix_seed(self._seed or 0, str(trainer.global_step))
         if isinstance(self._judge, Random):
             self._judge.seed = step
         masks: Masks = self.masks_
         if further or not masks:
-            masks = self._choose(trainer, pl_module, dict(weights), amount)
+            masks = self._choose(trainer, pl_module, dict(weights))
         part = share(self.regrow, self.regrow_fraction, self._progress) if self.regrow and self.masks_ else 0.0
         if part and self.regrow:
-            masks = moved(masks, weights, self.regrow, part, step)
+            masks = moved(masks, weights, self.regrow, part, step, self._gradients)
         if trainer.world_size > 1:
             masks = trainer.strategy.broadcast({name: mask.cpu() for name, mask in masks.items()})
-        self.masks_, self._pruned = masks, amount
+        self.masks_, self._pruned = masks, self._part
         if further:
             self._judge.forget()
             if self._rewind is not None:
                 self._rewind.restore(pl_module, trainer.optimizers)
+                for other in trainer.callbacks:
+                    if isinstance(other, WeightPruning) and other is not self:
+                        other._hold(trainer)
         self._bind(pl_module)
         self._hold(trainer)
 
-    def _choose(self, trainer: Any, pl_module: Any, weights: dict[str, Tensor], amount: float) -> Masks:
+    def _choose(self, trainer: Any, pl_module: Any, weights: dict[str, Tensor]) -> Masks:
         collected = self._judge.sums
         if isinstance(self._judge, Wanda):
             self._judge.sums = {
@@ -264,13 +302,13 @@ class WeightPruning(PruningCallback):
             pl_module,
             weights,
             self._judge,
-            amount,
+            self.amount,
             scope=self.scope,
             pattern=get_pattern(self.pattern),
             masks=self.masks_ or None,
             calls=self._calls or (),
+            part=self._part,
             before=self._pruned,
-            final=self.amount,
         )
 
     def _has_effect(self) -> bool:
@@ -278,26 +316,29 @@ class WeightPruning(PruningCallback):
 
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
-        self._judge.sums = _taken(self._judge.sums, plan)
+        self._judge.sums, self._gradients = _taken(self._judge.sums, plan), _taken(self._gradients, plan)
         if self._rewind is not None:
             self._rewind.follow(plan)
         if self.masks_:
-            self.masks_ = _taken(self.masks_, plan)
-            self._pruned = 0.0
-            self._prune(trainer, pl_module, self.amount_)  # the fraction of what is left
-        else:
-            self._bind(pl_module)
+            # The fraction of what is left; a criterion may have nothing collected now, so magnitudes decide.
+            options: dict[str, Any] = {"scope": self.scope, "pattern": get_pattern(self.pattern), "part": self._part}
+            masks, weights = _taken(self.masks_, plan), dict(self._weights(pl_module))
+            self.masks_ = choose_masks(pl_module, weights, L1(), self.amount, masks=masks, **options)
+        self._bind(pl_module)
+        self._hold(trainer)
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._held, self._names, self._masked = None, {}, set()
+        self._restored = False
+        self._held, self._names, self._masked, self._gradients = None, {}, set(), {}
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, how far the schedule was, and what the criterion has collected."""
         return {
             "amount": self.amount_,
+            "part": self._part,
             "pruned": self._pruned,
             "masks": {name: mask.cpu() for name, mask in self.masks_.items()},
             "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},
@@ -308,6 +349,7 @@ class WeightPruning(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the masks of a checkpoint."""
         self.amount_ = state_dict["amount"]
+        self._part = state_dict["part"]
         self._pruned = state_dict["pruned"]
         self.masks_ = dict(state_dict["masks"])
         self._judge.sums = dict(state_dict["sums"])
@@ -317,7 +359,13 @@ class WeightPruning(PruningCallback):
 
 
 def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    return {name: take(each, plan.kept[name]) if name in plan.kept else each for name, each in tensors.items()}
+    """What is left of tensors of the shapes of weights; one that has a dimension of one there keeps it."""
+
+    def taken(name: str, tensor: Tensor) -> Tensor:
+        dims = plan.kept.get(name, {})
+        return take(tensor, {dim: index for dim, index in dims.items() if tensor.size(dim) == plan.shapes[name][dim]})
+
+    return {name: taken(name, each) for name, each in tensors.items()}
 
 
 def _check_regrow(regrow: Any, fraction: Any, pattern: str | None) -> None:

@@ -187,6 +187,7 @@ class ModuleStack:
         owners = {module for module, path in paths.items() if path in above}
         entered: list[nn.Module] = []
 
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Lightning sends training_step through DDP by putting a plain function in forward's place for
             # one call; such a call is not the module's own forward and can't be repeated as one.
@@ -199,6 +200,7 @@ class ModuleStack:
             if path is not None:
                 self.on_enter(path, module, args)
 
+        @torch._dynamo.disable  # type: ignore[untyped-decorator]
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if not entered or entered[-1] is not module:  # a hook of the user's raised before ours came to enter
                 return

@@ -25,15 +25,23 @@ def share(kind: str, fraction: float, progress: float) -> float:
 
 
 @torch.no_grad()
-def moved(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: str, part: float, seed: int) -> Masks:
+def moved(
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    kind: str,
+    part: float,
+    seed: int,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> Masks:
     """In each weight the smallest of the kept go, and as many others come back, at zero.
 
     Args:
         masks: By parameter name, True = kept.
-        weights: Their parameters; ``"rigl"`` needs their gradients.
+        weights: Their parameters.
         kind: ``"rigl"``: those with the largest gradients come back; ``"set"``: chance decides.
         part: The part of the kept weights that moves.
         seed: Makes chance's choice.
+        gradients: What ``"rigl"`` goes by; those that the parameters hold where there are none here.
 
     Returns:
         New masks that keep as many.
@@ -47,7 +55,8 @@ def moved(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: str,
     result = {}
     for name, mask in masks.items():
         weight = weights[name]
-        if kind == "rigl" and weight.grad is None:
+        gradient = (gradients or {}).get(name, weight.grad)
+        if kind == "rigl" and gradient is None:
             raise PruningError(f"regrow='rigl' needs the gradient of every weight, but {name!r} has none")
         flat = mask.flatten()
         kept, gone = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
@@ -57,8 +66,9 @@ def moved(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], kind: str,
             continue
         sizes = whole(weight.detach()).flatten().to(mask.device)[kept].abs()
         if kind == "rigl":
-            assert weight.grad is not None
-            wishes = whole(weight.grad).flatten().to(mask.device)[gone].abs()
+            assert gradient is not None
+            gradient = gradient if gradient.layout is torch.strided else gradient.to_dense()
+            wishes = whole(gradient).flatten().to(mask.device)[gone].abs().nan_to_num(nan=0.0)
         else:
             generator = torch.Generator().manual_seed(mix_seed(seed, name))
             wishes = torch.rand(len(gone), generator=generator).to(mask.device)

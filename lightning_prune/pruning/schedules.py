@@ -42,7 +42,8 @@ def exponential(amount: float) -> Schedule:
     """
     if amount == 0:
         return linear(amount)
-    return lambda progress: (1.0 - (1.0 - amount) ** progress) / amount
+    rate = math.log1p(-amount)
+    return lambda progress: 1.0 if progress == 1 else -math.expm1(progress * rate) / amount
 
 
 def one_cycle(amount: float) -> Schedule:
@@ -77,7 +78,7 @@ def get_schedule(schedule: str | Schedule, amount: float) -> Schedule:
     """
     if callable(schedule):
         return _checked(schedule)
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise PruningError(f"unknown schedule {schedule!r}; choose from {', '.join(sorted(SCHEDULES))}, or a function")
     return SCHEDULES[schedule](amount)
 

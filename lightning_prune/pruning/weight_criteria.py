@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.run import run_calls, same_buffers, undisturbed
 from lightning_prune.graph.tree import tensors
 from lightning_prune.pruning.masks import whole
 
@@ -130,7 +130,10 @@ class GradientCriterion(Criterion):
     def collect(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         """Add what one gradient says of a weight."""
         with torch.no_grad():
-            told = self.told(weight.detach(), gradient.detach())
+            gradient = gradient.detach()
+            gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            told = self.told(weight.detach().to(wide), gradient.to(wide))
             self.sums[name] = told if name not in self.sums else self.sums[name].add_(told)
 
     def told(self, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -235,9 +238,12 @@ class Wanda(Criterion):
         """
         self.check(model, names)
         modules = dict(model.named_modules())
+        shared = {id(modules[name.rpartition(".")[0]].weight): name for name in names}
         handles = []
-        for name in names:
-            module = modules[name.rpartition(".")[0]]
+        for module in modules.values():
+            name = shared.get(id(module._parameters.get("weight")))
+            if name is None or not isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+                continue
 
             def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 if module.training or not training_only:
@@ -268,7 +274,8 @@ def _squares(module: Any, x: Tensor) -> Tensor:
 class Synflow(Criterion):
     """Synaptic flow: |w · ∂R/∂w|, where R sums the outputs of the network of all |weights| for an input of ones.
 
-    It needs no data, and in its 100 rounds never cuts a layer through.
+    It needs no data, and in its 100 rounds it cuts no layer through before it has to. What layers add (biases, running
+    means) counts as zero.
 
     Source: Tanaka et al., 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
     arXiv:2006.05467.
@@ -289,15 +296,31 @@ class Synflow(Criterion):
         Raises:
             PruningError: There is no call that can be repeated, or no weight reaches an output.
         """
-        calls = [_ones(call) for call in calls if call.repeatable]
+        calls = [call for call in calls if call.repeatable]
         if not calls:
             raise PruningError("criterion 'synflow' needs example_inputs: their shapes, not their values")
-        try:
-            self.sums = self._flow(model, calls, weights, masks or {}, torch.float64)
-        except RuntimeError:  # the forward makes tensors of a dtype of its own
-            self.sums = self._flow(model, calls, weights, masks or {}, None)
+        self.sums = self._first_flow(model, calls, weights, masks or {})
         if not all(bool(flow.isfinite().all()) for flow in self.sums.values()):
-            raise PruningError("criterion 'synflow': the flow through this network is too large for its precision")
+            raise PruningError(
+                "criterion 'synflow': the flow through this network is not finite: too large for its precision, or "
+                "weights are, or they are divided by their own norm"
+            )
+
+    def _first_flow(self, model: nn.Module, calls: Sequence[ModuleCall], *what: Any) -> dict[str, Tensor]:
+        """The flow of one example in double precision; of the whole batch or in the model's own, where it must be."""
+        small = [_ones(call, 1) for call in calls]
+        tries = [(some, dtype) for some in (small, [_ones(c, None) for c in calls]) for dtype in (torch.float64, None)]
+        for number, (some, dtype) in enumerate(tries, 1):
+            try:
+                return self._flow(model, some, *what, dtype=dtype)
+            except PruningError:
+                raise
+            except Exception as error:  # a dtype or a batch of its own in the user's forward
+                if number == len(tries):
+                    raise PruningError(
+                        f"criterion 'synflow': the model raised {type(error).__name__}: {error}"
+                    ) from error
+        raise AssertionError
 
     @staticmethod
     def _flow(
@@ -305,17 +328,20 @@ class Synflow(Criterion):
         calls: Sequence[ModuleCall],
         weights: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
+        *,
         dtype: torch.dtype | None,
     ) -> dict[str, Tensor]:
         mask_of = {id(weights[name]): mask for name, mask in masks.items()}
         flags = {id(weight) for weight in weights.values()}
         magnitudes: dict[int, Tensor] = {}
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 if tensor.is_floating_point():
                     size = whole(tensor.detach()).abs().to(dtype or tensor.dtype)
+                    if _is_shift(name):  # what is added would flow past the layers before
+                        size = torch.zeros_like(size)
                     magnitudes[id(tensor)] = size * mask_of[id(tensor)] if id(tensor) in mask_of else size
-        with undisturbed(model), _standing_in(model, magnitudes, flags) as stand_ins:
+        with undisturbed(model), same_buffers(model), _standing_in(model, magnitudes, flags) as stand_ins:
             model.eval()
             with torch.inference_mode(False), torch.enable_grad():
                 outputs = tensors([_run(model, _cast(call, dtype)) for call in calls])
@@ -334,15 +360,20 @@ class Synflow(Criterion):
         return self.sums[name]
 
 
-def _ones(call: ModuleCall) -> ModuleCall:
-    """The same call of one example, all ones."""
+def _ones(call: ModuleCall, examples: int | None) -> ModuleCall:
+    """The same call of some examples (None: all), all ones."""
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf
-        return torch.ones_like(leaf[:1]) if leaf.is_floating_point() else leaf[:1]
+        return torch.ones_like(leaf[:examples]) if leaf.is_floating_point() else leaf[:examples]
 
     return ModuleCall(call.path, tree_map(one, call.args), tree_map(one, call.kwargs))
+
+
+def _is_shift(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return "bias" in last or last == "running_mean"
 
 
 @contextmanager
@@ -411,8 +442,8 @@ class Custom(Criterion):
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise PruningError(f"the criterion gave {got} for {name!r}; it must give a score for each weight")
-        self.sums[name] = scores
-        return scores
+        self.sums[name] = scores if scores.is_floating_point() else scores.double()
+        return self.sums[name]
 
 
 WEIGHT_CRITERIA: dict[str, type[Criterion]] = {
@@ -436,7 +467,7 @@ def get_weight_criterion(criterion: str | Callable[[Tensor], Tensor]) -> Criteri
     """
     if callable(criterion):
         return Custom(criterion)
-    if criterion not in WEIGHT_CRITERIA:
+    if not isinstance(criterion, str) or criterion not in WEIGHT_CRITERIA:
         raise PruningError(
             f"unknown criterion {criterion!r}; choose from {', '.join(sorted(WEIGHT_CRITERIA))}, or give a function"
         )
@@ -460,7 +491,11 @@ def collect(criterion: Criterion, model: nn.Module, weights: Mapping[str, Tensor
             )
         with undisturbed(model), criterion.listening(model, list(weights), training_only=False):
             model.eval()
-            run_calls(model, calls)
+            try:
+                run_calls(model, calls)
+            except Exception as error:  # whatever the user's forward raises
+                kind = type(error).__name__
+                raise PruningError(f"criterion 'wanda': the model raised {kind} on example_inputs: {error}") from error
     elif criterion.needs == "flow" and not calls:
         raise PruningError("criterion 'synflow' needs example_inputs: their shapes, not their values")
     criterion.ready(weights)

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall
@@ -47,10 +50,17 @@ def prunable_weights(
     Raises:
         PruningError: There are none, or a pattern matches none of the modules that own them.
     """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise PruningError(
+                f"{name!r} of a lazy module has no shape yet; run {type(model).__name__} on an input once"
+            )
+    norms = _norms_of(model)
     found = {
         name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point()
+        for name, parameter in parameters.items()
+        if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in norms
     }
     if not found:
         raise PruningError(
@@ -62,6 +72,15 @@ def prunable_weights(
     if not found:
         chosen_by = f"include={include and list(include)}, exclude={exclude and list(exclude)}"
         raise PruningError(f"{chosen_by} leaves no weights to prune of {', '.join(owners)}")
+    return found
+
+
+def _norms_of(model: nn.Module) -> set[int]:
+    """The parameters that hold norms of weights (weight_norm), which look like weights with inputs of one."""
+    found = {id(m.weight_g) for m in model.modules() if isinstance(m._parameters.get("weight_g"), nn.Parameter)}
+    for module in model.modules():
+        if isinstance(module, ParametrizationList) and any(isinstance(each, _WeightNorm) for each in module):
+            found.add(id(module.original0))
     return found
 
 
@@ -125,10 +144,9 @@ def _erk(shapes: Mapping[str, Sequence[int]], amount: float) -> dict[str, float]
         dense |= over
 
 
-def _amounts_of(scope: Mapping[str, float], names: Sequence[str], amount: float, final: float) -> dict[str, float]:
-    """Each weight's own amount; what no glob matches takes ``amount``. On the way there, the same part of each."""
+def _amounts_of(scope: Mapping[str, float], names: Sequence[str], amount: float, part: float = 1.0) -> dict[str, float]:
+    """Each weight's own amount, ``part`` of it on the way there; what no glob matches takes ``amount``."""
     amounts = dict.fromkeys(names, amount)
-    part = amount / final if final else 0.0
     owners = list(dict.fromkeys(map(_owner, names)))
     for pattern, own in scope.items():
         chosen = matching(owners, (pattern,), None)
@@ -136,30 +154,26 @@ def _amounts_of(scope: Mapping[str, float], names: Sequence[str], amount: float,
     return amounts
 
 
-class _Lamp(Mapping[str, Tensor]):
+def _lamp(score: Tensor) -> Tensor:
     """Each score relative to the sum of those that are not smaller in the same layer, all squared.
+
+    What is gone (-inf) stays so, and counts nowhere; no more does what is no finite number, and stays. Scores below zero
+    are counted from the lowest.
 
     Source: Lee et al., 2021, "Layer-adaptive sparsity for the magnitude-based pruning", arXiv:2010.07611.
     """
-
-    def __init__(self, scores: Mapping[str, Tensor]) -> None:
-        self.scores = scores
-
-    def __getitem__(self, name: str) -> Tensor:
-        score = self.scores[name]
-        flat = score.double().flatten()
-        order = flat.argsort(stable=True)
-        squares = flat[order].clamp(min=0).square()
-        rest = squares.flip(0).cumsum(0).flip(0)
-        relative = torch.empty_like(flat)
-        relative[order] = torch.where(flat[order].isneginf(), -torch.inf, squares / rest.clamp(min=1e-300))
-        return relative.view(score.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.scores)
-
-    def __len__(self) -> int:
-        return len(self.scores)
+    kept = score.flatten() >= torch.finfo(score.dtype).max
+    flat = score.double().flatten()
+    here = ~flat.isneginf() & ~kept
+    if not bool(here.any()):
+        return score.double()
+    flat = flat - flat[here].min().clamp(max=0)
+    order = flat.argsort(stable=True)
+    squares = torch.where(here, flat / flat[here].max().clamp(min=1e-300), 0.0)[order].square()
+    rest = squares.flip(0).cumsum(0).flip(0)
+    relative = torch.empty_like(flat)
+    relative[order] = squares / rest.clamp(min=1e-300)
+    return torch.where(here, relative, torch.where(kept, torch.inf, -torch.inf)).view(score.shape)
 
 
 # -- the selection -----------------------------------------------------------------------------------------------------
@@ -174,7 +188,10 @@ class _Units(Mapping[str, Tensor]):
         masks: Mapping[str, Tensor] | None,
         pattern: Pattern | None,
         dims: Mapping[str, int],
+        *,
+        lamp: bool,
     ) -> None:
+        self.lamp = lamp
         self.scores = scores
         self.masks = masks
         self.pattern = pattern
@@ -182,8 +199,12 @@ class _Units(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         score = self.scores[name]
+        score = score if score.is_floating_point() else score.double()
+        score = score.nan_to_num(nan=torch.finfo(score.dtype).max)  # what is not a number stays, if it may
         if self.masks is not None:
             score = torch.where(self.masks[name].to(score.device), score, -torch.inf)
+        if self.lamp:
+            score = _lamp(score)
         return score if self.pattern is None else self.pattern.units(score, self.dims.get(name, 1))
 
     def __iter__(self) -> Iterator[str]:
@@ -202,7 +223,7 @@ def select_weights(
     masks: Mapping[str, Tensor] | None = None,
     pattern: Pattern | None = None,
     dims: Mapping[str, int] | None = None,
-    final: float | None = None,
+    part: float = 1.0,
 ) -> Masks:
     """Choose which weights stay: exactly ``round(amount * n)`` of n go, those that are gone already first.
 
@@ -214,14 +235,12 @@ def select_weights(
         masks: Those of an earlier selection.
         pattern: What may go together; with blocks, as many as come nearest to the amount.
         dims: The dimension of each weight that runs over inputs (1 where it is not given).
-        final: The amount at the end of a schedule, which those of ``scope`` belong to.
+        part: The part of the amounts in ``scope`` that is gone.
 
     Returns:
         Masks by parameter name. Among equal scores those of the lower index go.
     """
-    if scope == "lamp":
-        scores = _Lamp(scores)
-    units = _Units(scores, masks, pattern, dims or {})
+    units = _Units(scores, masks, pattern, dims or {}, lamp=scope == "lamp")
     names = list(scores)
     kept: dict[str, Tensor] = {}
     if scope in ("global", "lamp"):
@@ -229,7 +248,7 @@ def select_weights(
     else:
         shapes = {name: tuple(scores[name].shape) for name in names}
         if isinstance(scope, Mapping):
-            amounts = _amounts_of(scope, names, amount, amount if final is None else final)
+            amounts = _amounts_of(scope, names, amount, part)
         else:
             amounts = _erk(shapes, amount) if scope == "erk" else dict.fromkeys(names, amount)
         for name in names:
@@ -313,7 +332,7 @@ def _threshold(units: Mapping[str, Tensor], names: Sequence[str], survey: _Surve
     below, found = _between(units, names, survey, low, high)
     if not below < count <= below + len(found):  # an odd sample
         below, found = _between(units, names, survey, -torch.inf, torch.inf)
-    threshold = found.kthvalue(count - below).values
+    threshold = found.sort().values[count - below - 1]  # kthvalue is quadratic where scores descend
     return float(threshold), below + int((found < threshold).sum())
 
 
@@ -359,8 +378,8 @@ def choose_masks(
     pattern: Pattern | None = None,
     masks: Mapping[str, Tensor] | None = None,
     calls: Sequence[ModuleCall] = (),
+    part: float = 1.0,
     before: float = 0.0,
-    final: float | None = None,
 ) -> Masks:
     """Masks that a criterion makes of what it has collected; the model is not changed.
 
@@ -368,25 +387,30 @@ def choose_masks(
         model: The module that holds the weights.
         weights: By name.
         criterion: What judges them.
-        amount: Fraction that is gone afterwards.
+        amount: Fraction that is gone at the end.
         scope: What it is a fraction of.
         pattern: What may go together.
         masks: What is gone already.
         calls: Calls of the model, where a criterion needs to run it.
-        before: The fraction that is gone already.
-        final: The amount at the end of the schedule.
+        part: The part of the amount that is gone afterwards.
+        before: The part that is gone already.
     """
     options: dict[str, Any] = {"scope": scope, "pattern": pattern, "dims": input_dims(model, list(weights))}
-    options["final"] = amount if final is None else final
+    scores = _Scores(criterion, weights)
     if not isinstance(criterion, Synflow):
         criterion.ready(weights)
-        return select_weights(_Scores(criterion, weights), amount, masks=masks, **options)
-    rounds = max(round(criterion.rounds * (amount - before) / (options["final"] or 1.0)), 1)
+        return select_weights(scores, amount * part, masks=masks, part=part, **options)
+    rounds = max(round(criterion.rounds * (part - before)), 1)
     for number in range(1, rounds + 1):
         criterion.flow(model, calls, weights, masks)
-        left = (1 - before) * ((1 - amount) / (1 - before)) ** (number / rounds)
-        now = amount if number == rounds else 1 - left
-        masks = select_weights(_Scores(criterion, weights), now, masks=masks, **options)
+        share = number / rounds
+        now = part
+        if number < rounds and amount:  # each round the same fraction of what is left
+            left = (1 - amount * before) * ((1 - amount * part) / (1 - amount * before)) ** share
+            now = (1 - left) / amount
+        elif number < rounds:
+            now = before + (part - before) * share
+        masks = select_weights(scores, amount * now, masks=masks, part=now, **options)
     return dict(masks or {})
 
 
@@ -458,13 +482,13 @@ def check_fit(
     Raises:
         PruningError: A glob names no layer, a shape doesn't allow the pattern, or the pattern not the amount.
     """
-    largest = amount
-    if isinstance(scope, Mapping):
-        amounts = _amounts_of(scope, list(weights), amount, amount or 1.0)
-        if not amount:
-            amounts = _amounts_of(scope, list(weights), 1.0, 1.0)
-        largest = max(amounts.values())
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if scope == "erk":
-        largest = max(_erk(shapes, amount).values())
-    check_pattern(pattern, largest, shapes, input_dims(model, list(weights)))
+    amounts = dict.fromkeys(weights, amount)
+    if isinstance(scope, Mapping):
+        amounts = _amounts_of(scope, list(weights), amount)
+    elif scope == "erk":
+        amounts = _erk(shapes, amount)
+    dims = input_dims(model, list(weights))
+    for name, own in amounts.items():
+        if own:
+            check_pattern(pattern, own, {name: shapes[name]}, dims)
