@@ -83,6 +83,7 @@ class PruningCallback(Callback):
         self.amount_ = 0.0
         self._progress = 0.0
         self._part = 0.0
+        self._key: str | None = None
         self.report_: Report | None = None
         self._clock: Clock | None = None
         self._steps = 0
@@ -99,7 +100,9 @@ class PruningCallback(Callback):
     @property
     def state_key(self) -> str:
         """Distinguishes callbacks of one class by what they prune; two that prune the same are refused."""
-        return self._generate_state_key(amount=self.amount, include=self.include, exclude=self.exclude)
+        if self._key is None:  # Lightning asks for it at every hook
+            self._key = self._generate_state_key(amount=self.amount, include=self.include, exclude=self.exclude)
+        return self._key
 
     # -- what a subclass does -------------------------------------------------------------------------------
 
@@ -222,6 +225,8 @@ class PruningCallback(Callback):
         self._end_watch(pl_module)
         assert self._clock is not None
         last = trainer.is_last_batch
+        if not last and trainer.max_steps == -1 and self.every == "epoch":
+            return
         final = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
         epochs: float = trainer.current_epoch + 1
         if not last:

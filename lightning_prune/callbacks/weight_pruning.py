@@ -211,7 +211,8 @@ class WeightPruning(PruningCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Remember what to go back to, then prune."""
-        if trainer.is_last_batch and self.rewind_to == trainer.current_epoch + 1 and self._rewind is None:
+        due = bool(self.rewind_to) and self._rewind is None and self.rewind_to == trainer.current_epoch + 1
+        if due and trainer.is_last_batch:
             self._rewind = Rewind.of(pl_module, trainer.optimizers)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -231,8 +232,8 @@ class WeightPruning(PruningCallback):
             apply_masks(dict(copy.named_parameters()), self.masks_)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """The gradients of a step are complete: the criterion sees them whole, the optimizer only what is kept."""
-        if self._held is not None and self.regrow != "rigl":  # clipping by norm sees what is kept
+        """Clipping by norm comes next: it is to see the gradients of what is kept only."""
+        if self._held is not None and trainer.gradient_clip_val is not None and self.regrow != "rigl":
             self._held.before_step(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

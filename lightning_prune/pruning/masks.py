@@ -109,6 +109,7 @@ class HeldMasks:
         """Hold ``masks`` of ``parameters``."""
         self.parameters = {name: parameters[name] for name in masks}
         self.masks = dict(masks)
+        self._sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters.values())
         self._bits = {
             id(parameter): _bits(share_of(self.masks[name], parameter), local(parameter))
             for name, parameter in self.parameters.items()
@@ -130,13 +131,13 @@ class HeldMasks:
         everything = True
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                bits = self._bits.get(id(parameter))
-                if bits is None or parameter.grad is None:
+                gradient, bits = parameter.grad, self._bits.get(id(parameter))
+                if bits is None or gradient is None:
                     continue
-                if _dense(parameter.grad):
-                    _and(local(parameter.grad), bits)
-                else:
+                if not _dense(gradient):
                     everything = False
+                    continue
+                _and(local(gradient) if self._sharded else gradient, bits)
         return everything
 
     @torch.no_grad()

@@ -157,8 +157,8 @@ def _amounts_of(scope: Mapping[str, float], names: Sequence[str], amount: float,
 def _lamp(score: Tensor) -> Tensor:
     """Each score relative to the sum of those that are not smaller in the same layer, all squared.
 
-    What is gone (-inf) stays so and counts nowhere; so does what is no finite number, which stays. Scores below zero are
-    counted from the lowest.
+    What is gone (-inf) stays so and counts nowhere; so does what is no finite number, which stays. Scores below zero
+    are counted from the lowest.
 
     Source: Lee et al., 2021, "Layer-adaptive sparsity for the magnitude-based pruning", arXiv:2010.07611.
     """
