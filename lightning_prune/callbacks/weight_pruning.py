@@ -147,12 +147,8 @@ class WeightPruning(PruningCallback):
         if self._restored and not fits:
             raise ConfigurationError("WeightPruning: the checkpoint's masks are not those of this model's weights")
         if not fits:
-            self.masks_, self.amount_, self._part, self._pruned = (
-                {},
-                0.0,
-                0.0,
-                0.0,
-            )  # masks of another model: this fit starts anew
+            self.masks_ = {}  # masks of another model: this fit starts anew
+            self.amount_ = self._part = self._pruned = 0.0
             self._restored = False
         if not self._restored:
             self._judge.sums, self._rewind, self._seed = {}, None, None
