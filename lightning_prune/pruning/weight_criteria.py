@@ -338,7 +338,7 @@ class Synflow(Criterion):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 if tensor.is_floating_point():
                     size = whole(tensor.detach()).abs().to(dtype or tensor.dtype)
-                    if _is_shift(name):  # what is added would flow past the layers before
+                    if _is_shift(name) and id(tensor) not in flags:  # what is added would flow past the layers before
                         size = torch.zeros_like(size)
                     magnitudes[id(tensor)] = size * mask_of[id(tensor)] if id(tensor) in mask_of else size
         with undisturbed(model), same_buffers(model), _standing_in(model, magnitudes, flags) as stand_ins:

@@ -463,6 +463,13 @@ def test_flow_of_a_convolutional_network_is_that_of_one_built_of_magnitudes() ->
         torch.testing.assert_close(found[name], w.detach() * w.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_a_weight_that_is_called_a_bias_has_a_flow_nonetheless() -> None:
+    """Such as the table of relative positions of a Swin transformer."""
+    table = nn.Parameter(torch.rand(5, 4) + 0.1)
+    model = Net(lambda n, x: n.a(x) + n.position_bias_table, a=nn.Linear(3, 4), position_bias_table=table)
+    assert bool((flow(model, torch.ones(2, 5, 3))["position_bias_table"] > 0).all())
+
+
 @pytest.mark.parametrize("amount", [0.3, 0.8, 0.95])
 def test_a_hundred_rounds_each_on_what_the_last_one_left(amount: float) -> None:
     model = mlp(6, 8, 8, 4).double()
