@@ -6,6 +6,8 @@ from lightning_prune.export import load_pruned, save_pruned
 from lightning_prune.graph.groups import find_groups
 from lightning_prune.pruning.neurons import prune_neurons
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.prunable import Prunable, load_from_checkpoint
+from lightning_prune.pruning.sensitivity import Sensitivity, sensitivity
 from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.report.cost import count_cost
 from lightning_prune.report.report import Report
@@ -18,18 +20,22 @@ __all__ = [
     "NeuronPruning",
     "NoEffectWarning",
     "Plan",
+    "Prunable",
     "PruningError",
     "Report",
+    "Sensitivity",
     "SurgeryError",
     "TraceError",
     "WeightPruning",
     "count_cost",
     "create_lr_scheduler",
     "find_groups",
+    "load_from_checkpoint",
     "load_pruned",
     "preview_lr",
     "prune_neurons",
     "prune_weights",
     "save_pruned",
+    "sensitivity",
     "to_semi_structured",
 ]

@@ -13,31 +13,28 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
+from lightning_prune.callbacks._recent import RecentCalls
+from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
-from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
-from lightning_prune.pruning.neurons import check_prunable, check_round_to, remove_chosen
+from lightning_prune.pruning.criteria import Activation, Random, Taylor, collect_now, get_neuron_criterion
+from lightning_prune.pruning.masks import HeldMasks, apply_masks
+from lightning_prune.pruning.neurons import Choice, check_compensate, latency_amount, remove_chosen
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import (
-    BUDGETS,
-    NEURON_SCOPES,
-    Dense,
-    check_choice,
-    globs,
-    measure_dense,
-    pick,
-    select_neurons,
-)
+from lightning_prune.pruning.prunable import METADATA, Prunable, made_by, shapes_of
+from lightning_prune.pruning.repair import Repair, add_to, recalibrate
+from lightning_prune.pruning.select import Curves, Dense, check_choice, measure_dense
 from lightning_prune.pruning.surgery import fit_shapes
+from lightning_prune.pruning.weight_criteria import mix_seed
 from lightning_prune.report.run import batch_size
 
 __all__ = ["NeuronPruning"]
 
-METADATA = "lightning_prune"
-"""Where in a state dict's metadata the callback's state stands: a file of weights alone has nothing else."""
+BATCHES = 4
+"""Training batches that ``compensate`` looks at, where ``recalibrate`` doesn't ask for more."""
 
 
 class NeuronPruning(PruningCallback):
@@ -50,19 +47,32 @@ class NeuronPruning(PruningCallback):
 
     Args:
         amount: Fraction that is gone at the end, [0, 1): 0.3 is 30 % of the dense model.
-        of: What the fraction is of: ``"neurons"``, ``"params"`` or ``"macs"``.
-        criterion: What makes a neuron important: ``"l1"``, the L1 norm of all its slices.
-        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group.
+        of: What the fraction is of: ``"neurons"``, ``"params"``, ``"macs"``, or ``"latency"``: the time of a forward of
+            ``example_inputs`` (else of the first batch) on this machine, measured on pruned copies at the start.
+        criterion: What makes a neuron important: ``"l1"``, ``"l2"`` norm of all its slices; ``"geometric_median"``,
+            its distance to the others; ``"lamp"``; ``"bn_scale"``, its norm layer's scale; ``"taylor"``, its gradients
+            in training; ``"activation"``, its mean magnitude in training; ``"random"``; or a function that maps weights
+            of neurons, shape (neurons, k), to scores, (neurons,).
+        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group,
+            ``"sensitivity"`` from each what changes the model's outputs as much; or fractions of neurons by glob on
+            module names (``amount`` where none matches).
         schedule: ``"cubic"``, ``"linear"``, ``"exponential"``, ``"one_cycle"``, ``"one_shot"``, or a function of the
             schedule's progress (0 to 1) that gives the part of the amount that is gone.
         start: Where the schedule starts: a fraction of training (float) or an epoch (int).
         end: Where the full amount is reached, likewise.
         every: ``"epoch"``: prune at the end of each epoch; or a number of optimizer steps.
+        remove: ``"progressive"``: neurons are removed as the schedule goes on, so that training gets faster; ``"end"``:
+            they are masked until training ends, and removed then.
         round_to: Layers shrink to multiples of this only.
+        min_channels: Layers keep at least so many neurons.
         include: Globs on module names: only neurons that these layers make (None: all).
         exclude: Globs on module names: no neurons that these layers make.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of the module's forward.
         exact_only: Leave groups alone whose removal does not equal masking exactly.
+        recalibrate: After a removal, recompute the statistics of batch norms over the last so many training batches
+            (0: leave them). These batches are kept in memory; a run that is resumed has only those it has seen.
+        compensate: ``"least_squares"``: after a removal, solve for the weights of linear layers and convolutions that
+            read what is gone, so that their outputs on the last training batches change least. None: leave them.
         verify: Check every removal against the masked model, one forward of each; roll back if they differ.
         report: Print a table after training; it is in ``report_`` too.
         monitor: Validation metric that the table shows.
@@ -83,106 +93,158 @@ class NeuronPruning(PruningCallback):
         amount: float = 0.5,
         *,
         of: str = "neurons",
-        criterion: str = "l1",
-        scope: str = "global",
+        criterion: str | Callable[[Tensor], Tensor] = "l1",
+        scope: str | dict[str, float] = "global",
         schedule: str | Callable[[float], float] = "cubic",
         start: Point = 0.0,
         end: Point = 0.5,
         every: int | str = "epoch",
+        remove: str = "progressive",
         round_to: int = 1,
+        min_channels: int = 1,
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         example_inputs: Any = None,
         exact_only: bool = False,
+        recalibrate: int = 0,
+        compensate: str | None = None,
         verify: bool = True,
         report: bool = True,
         monitor: str = "val_acc",
     ) -> None:
         super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
-        check_choice("of", of, BUDGETS)
-        get_criterion(criterion, NEURON_CRITERIA)
-        check_choice("scope", scope, NEURON_SCOPES)
-        check_round_to(round_to)
+        self._choice = Choice(of, scope, round_to, min_channels, include, exclude, exact_only)
+        self._choice.check()
+        self._judge = get_neuron_criterion(criterion)
+        check_choice("remove", remove, ("progressive", "end"))
+        check_compensate(compensate)
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise PruningError(f"recalibrate must be a number of batches, 0 for none, got {recalibrate!r}")
         if example_inputs is not None:
             as_calls(example_inputs)
         self.of = of
         self.criterion = criterion
         self.scope = scope
+        self.remove = remove
         self.round_to = round_to
+        self.min_channels = min_channels
         self.example_inputs = example_inputs
         self.exact_only = exact_only
+        self.recalibrate = recalibrate
+        self.compensate = compensate
         self.verify = verify
         self.plan_ = Plan({}, {})
         self.groups_: Groups | None = None
         self._dense: Dense | None = None
         self._macs = 0.0
+        self._latency_macs: float | None = None
+        self._curves: Curves | None = None
+        self._masked: Tensor | None = None
+        self._held: HeldMasks | None = None
+        self._by_gradients: set[int] = set()
+        self._restored: dict[str, Any] = {}
+        self._seed: int | None = None
+        self._recent: RecentCalls | None = None
+        self._handles: list[RemovableHandle] = []
         self._state_hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse processes whose model is lost; make a checkpoint of a pruned model fit before it is loaded."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and "MultiProcessing" in type(trainer.strategy.launcher).__name__:
+        spawned = "MultiProcessing" in type(trainer.strategy.launcher).__name__
+        if stage == "fit" and spawned and not isinstance(pl_module, Prunable):
             raise ConfigurationError(
-                "NeuronPruning can't bring a smaller model back from forked or spawned processes; "
-                "start them with strategy='ddp'"
+                "NeuronPruning can bring a smaller model back from forked or spawned processes only if the module can "
+                f"load itself: derive {type(pl_module).__name__} from lightning_prune.Prunable too, or use "
+                "strategy='ddp'"
             )
         # Functions, not methods: a copy of the module must not copy this callback.
         self._state_hooks = [
             pl_module._register_state_dict_hook(lambda *args: self._describe(*args)),
-            pl_module._register_load_state_dict_pre_hook(lambda *args: self._reshape(*args), with_module=True),
+            pl_module._register_load_state_dict_pre_hook(lambda *args: self._reshape(trainer, *args), with_module=True),
         ]
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         if any(isinstance(other, NeuronPruning) and other is not self for other in trainer.callbacks):
             raise ConfigurationError("only one NeuronPruning callback can be in the Trainer's callbacks")
-        if not _made_by(self.plan_, pl_module):
+        begun = bool(self.plan_) or bool(self._restored)
+        if not begun or (self.plan_ and not made_by(self.plan_, pl_module)):
             self.amount_, self._part = 0.0, 0.0
             self.plan_, self._dense = Plan({}, {}), None  # nothing gone yet, or another model
+            self._latency_macs, self._curves, self._seed, self._restored = None, None, None, {}
+        self._note_plan(pl_module)
         install_patches(pl_module, self.plan_.patches)
-        self.groups_ = None
+        self.groups_, self._masked, self._held = None, None, None
+        self._judge.forget()
         inputs = self.example_inputs
         if inputs is None:
             inputs = getattr(pl_module, "example_input_array", None)
         if inputs is not None:
             inputs = trainer.precision_plugin.convert_input(inputs)
             calls = tuple(_to_device(call, pl_module.device) for call in as_calls(inputs))
-            self._take(traced(pl_module, calls))
+            self._take(trainer, pl_module, traced(pl_module, calls))
 
-    def _take(self, trace: Trace) -> None:
+    def _take(self, trainer: Any, pl_module: Any, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
         groups = draw_groups(trace)
         try:
-            allowed = self._pick(groups)
-            check_prunable(groups, allowed)
+            allowed = self._choice.allowed(pl_module, groups, self._judge)
             macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
             if self._dense is None:
                 self._dense = measure_dense(groups, allowed)
             elif self._macs:  # traced on other inputs than before, a batch of another size for one
                 self._dense = replace(self._dense, macs=self._dense.macs * (macs / self._macs))
             self._macs = macs
-            self._select(groups, allowed, self._scores_of_size(groups), self.amount)
+            if self.of == "latency" and self._latency_macs is None:
+                self._latency_macs = self._measure_latency(trainer, pl_module, groups, allowed)
+            self._select(groups, allowed, torch.zeros(groups.neurons), self.amount)
         except PruningError as error:
             raise ConfigurationError(f"NeuronPruning: {error}") from None
         self.groups_ = groups
+        if isinstance(self._judge, Activation):
+            self._judge.watch_for(pl_module, groups)
+        self._take_up(trainer, pl_module, groups)
 
-    def _pick(self, groups: Groups) -> Tensor:
-        return pick(groups, globs("include", self.include), globs("exclude", self.exclude), self.exact_only)
+    def _take_up(self, trainer: Any, pl_module: Any, groups: Groups) -> None:
+        """Go on with what a checkpoint knows of neurons, now that these have numbers."""
+        restored, self._restored = self._restored, {}
+        if restored.get("masked"):
+            self._mask(trainer, pl_module, groups, _in_order(groups, restored["masked"], True))
+        if isinstance(self._judge, Taylor) and restored.get("sums"):
+            self._judge.sums["total"] = _in_order(groups, restored["sums"], 0.0).double()
 
-    @staticmethod
-    def _scores_of_size(groups: Groups) -> Tensor:
-        return torch.zeros(groups.neurons)
+    def _measure_latency(self, trainer: Any, pl_module: Any, groups: Groups, allowed: Tensor) -> float:
+        """The fraction of the MACs that stands for the latency, as rank 0 measures it."""
+        norms = get_neuron_criterion("l1")
+        scores, dense = norms.score(pl_module, groups), self._dense
+        assert dense is not None
+
+        def select(macs: float) -> Tensor:
+            return self._choice.select(groups, scores, allowed, macs, norms, dense=dense)
+
+        found: tuple[float, str] = (0.0, "")
+        if trainer.is_global_zero:
+            try:
+                found = latency_amount(pl_module, groups, select, self.amount), ""
+            except PruningError as error:  # the other ranks must hear of it
+                found = 0.0, str(error)
+        macs, reason = trainer.strategy.broadcast(found)
+        if reason:
+            raise PruningError(reason)
+        return float(macs)
 
     def _select(self, groups: Groups, allowed: Tensor, scores: Tensor, amount: float) -> Tensor:
         assert self._dense is not None
-        return select_neurons(
+        part = amount / self.amount if self.amount else 0.0
+        return self._choice.select(
             groups,
             scores,
             allowed,
-            amount,
-            of=self.of,
-            scope=self.scope,
-            round_to=self.round_to,
+            amount if self._latency_macs is None else part * self._latency_macs,
+            self._judge,
             dense=self._dense,
+            part=part,
+            curves=self._curves,
             on_the_way=amount < self.amount,
         )
 
@@ -190,6 +252,7 @@ class NeuronPruning(PruningCallback):
         if self.groups_ is not None:
             return super()._watch(trainer, pl_module)
         self._tracer = Tracer(pl_module, wrapped=trainer.strategy.model is not pl_module)
+        self._tracer_of = trainer
         return self._tracer.watch() if pl_module.automatic_optimization else self._watch_steps(trainer)
 
     @contextmanager
@@ -215,37 +278,118 @@ class NeuronPruning(PruningCallback):
         if not self._tracer.has_read:
             return None
         trace = self._tracer.trace
-        del self._tracer
-        self._take(trace)
+        trainer = self._tracer_of
+        del self._tracer, self._tracer_of
+        self._take(trainer, pl_module, trace)
         return tuple(trace.calls)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Watch the optimizers, and what the criterion judges by."""
+        super().on_train_start(trainer, pl_module)
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed() % (1 << 62))
+        self._handles = before_steps(trainer.optimizers, lambda optimizer: self._take_gradients(pl_module, optimizer))
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+        if isinstance(self._judge, Activation):
+            if self.groups_ is None:
+                self._judge.sums = dict(self._restored.get("sums", {}))
+            self._handles += self._judge.listen(pl_module, training_only=True)
+        if self._held is not None:
+            self._held.clear(trainer.optimizers)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Observe the first batch; keep the last ones, where they are needed."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        count = max(self.recalibrate, BATCHES) if self.compensate else self.recalibrate
+        if count and self.groups_ is not None and self._part < 1:
+            if self._recent is None:
+                self._recent = RecentCalls(pl_module, self.groups_.calls, count)
+            self._recent.next_batch()
+
+    def _take_gradients(self, pl_module: Any, optimizer: Any) -> None:
+        if isinstance(self._judge, Taylor) and self.groups_ is not None and self._part < 1:
+            own = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._judge.collect(self.groups_, named_tensors(pl_module), own)
+        if self._held is not None and self._held.before_step(optimizer):
+            self._by_gradients.add(id(optimizer))
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if self._held is not None:
+            self._held.after_step(optimizer, id(optimizer) in self._by_gradients)
+        self._by_gradients.discard(id(optimizer))
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
+        now = self.remove == "progressive" or _ends(trainer)
+        self._go(trainer, pl_module, amount, now)
 
-        drawn, whole = self.groups_, self._dense
+    def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
+        """Choose what goes, and remove it now or only mask it."""
+        assert self.groups_ is not None
+        drawn, whole, masked = self.groups_, self._dense, self._masked
+        if isinstance(self._judge, Random):
+            self._judge.seed = mix_seed(self._seed or 0, str(trainer.global_step))
+        if isinstance(self._judge, Activation):
+            self._judge.sums = {
+                key: trainer.strategy.reduce(each, reduce_op="sum") for key, each in self._judge.sums.items()
+            }
 
         def choose(groups: Groups) -> Tensor:
-            allowed = self._pick(groups)
+            allowed = self._choice.allowed(pl_module, groups, self._judge)
             if groups is not drawn and whole is not None:  # groups whose removal fails are no part of what can go
                 gone = set(drawn.keys) - set(groups.keys)
                 sizes = {key: size for key, size in whole.sizes.items() if key not in gone}
-                fewer = int(self._pick(drawn).sum()) - int(allowed.sum())
+                fewer = int(self._choice.allowed(pl_module, drawn, self._judge).sum()) - int(allowed.sum())
                 self._dense = replace(whole, neurons=whole.neurons - fewer, sizes=sizes)
-            scores = get_criterion(self.criterion, NEURON_CRITERIA)(groups, named_tensors(pl_module))
-            alive: Tensor = trainer.strategy.broadcast(self._select(groups, allowed, scores, amount))
-            return alive
+                collect_now(self._judge, pl_module, groups, groups.calls)
+            left = torch.ones(groups.neurons, dtype=torch.bool)
+            if masked is not None and groups is drawn:
+                left = masked
+            self._judge.ready(pl_module, groups)
+            scores = self._judge.score(pl_module, groups)
+            if self._curves is None:
+                self._curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
+            rest = groups if bool(left.all()) else groups.without(left)
+            alive = left.clone()
+            alive[left] = self._select(rest, allowed[left], scores[left], amount)
+            agreed: Tensor = trainer.strategy.broadcast(alive)
+            return agreed
 
-        plan, groups, alive = remove_chosen(
-            pl_module, self.groups_, choose, optimizers=trainer.optimizers, verify=self.verify
+        def repair(groups: Groups, alive: Tensor) -> Repair:
+            batches = list(self._recent.batches) if self._recent is not None else [list(groups.calls)]
+            add = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")  # noqa: E731
+            return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
+
+        plan, groups, alive, changes = remove_chosen(
+            pl_module,
+            self.groups_,
+            choose,
+            optimizers=trainer.optimizers if now else (),
+            verify=self.verify,
+            repair=repair,
+            keep=now,
         )
+        if not now:
+            self._mask(trainer, pl_module, groups, alive)
+            return
         self.groups_ = groups.without(alive) if plan else groups
+        self._masked, self._held = None, None
         if not plan:
             return
+        self._judge.forget()
+        if isinstance(self._judge, Activation):
+            self._judge.watch_for(pl_module, self.groups_)
+        add_to(pl_module, changes)
         self._macs = self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
         self.plan_ = self.plan_.then(plan)
+        self._note_plan(pl_module)
         for copy in averaged_copies(trainer):
             plan.apply(copy)
+            add_to(copy, changes)
+        if self.recalibrate and self._recent is not None:
+            mean = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")  # noqa: E731
+            recalibrate(pl_module, list(self._recent.batches), mean)
         strategy = trainer.strategy
         if hasattr(strategy, "configure_ddp"):  # DDP's buckets hold the old parameters
             strategy.model = pl_module
@@ -253,6 +397,38 @@ class NeuronPruning(PruningCallback):
         for callback in pruning_callbacks(trainer):
             callback._calls = self._calls  # they tell which calls keep their input's shape
             callback._follow_removal(trainer, pl_module, plan)
+
+    def _mask(self, trainer: Any, pl_module: Any, groups: Groups, alive: Tensor) -> None:
+        """Hold at zero whatever belongs to neurons that are to go."""
+        self.groups_, self._masked = groups, alive
+        tensors, kept = named_tensors(pl_module), groups.kept(alive)
+        masks: dict[str, Tensor] = {}
+        for name, dims in kept.items():
+            tensor = tensors[name]
+            dims = {dim: index for dim, index in dims.items() if (name, dim) not in groups.unmasked}
+            if not dims or not tensor.is_floating_point():
+                continue
+            mask = torch.ones(tensor.shape, dtype=torch.bool)
+            for dim, index in dims.items():
+                gone = torch.ones(tensor.size(dim), dtype=torch.bool)
+                gone[index] = False
+                mask.index_fill_(dim, gone.nonzero().squeeze(1), False)
+            masks[name] = mask.to(tensor.device)
+        self._held = HeldMasks(tensors, masks)
+        self._held.clear(trainer.optimizers)
+        for copy in averaged_copies(trainer):
+            apply_masks(named_tensors(copy), masks)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Remove what is still masked, if training ended before its time; then say what was gained."""
+        if self._masked is not None and not bool(self._masked.all()):
+            self._go(trainer, pl_module, self.amount_, True)
+        super().on_train_end(trainer, pl_module)
+
+    def _note_plan(self, pl_module: Any) -> None:
+        """A module that can load itself describes itself, too."""
+        if isinstance(pl_module, Prunable):
+            pl_module.pruning_plan = self.plan_
 
     def _traced_macs(self) -> tuple[int, int] | None:
         if self.groups_ is None or self._dense is None:
@@ -267,22 +443,46 @@ class NeuronPruning(PruningCallback):
         return bool(self.plan_)
 
     def _release(self) -> None:
-        for hook in self._state_hooks:
+        for hook in (*self._state_hooks, *self._handles):
             hook.remove()
-        self._state_hooks = []
+        self._state_hooks, self._handles = [], []
+        if self._recent is not None:
+            self._recent.close()
+        self._recent, self._held, self._masked = None, None, None
+        self._by_gradients = set()
+        self._restored = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan and what the amount is a fraction of, as plain data."""
+        """The plan and what the amount is a fraction of, as plain data and tensors."""
         dense = None if self._dense is None else asdict(self._dense)
-        return {"amount": self.amount_, "plan": self.plan_.to_dict(), "dense": dense, "macs": self._macs}
+        sums = {key: each.cpu() for key, each in self._judge.sums.items()}
+        if isinstance(self._judge, Taylor):
+            sums = {} if self.groups_ is None or not sums else _by_key(self.groups_, sums["total"])
+        masked = {} if self.groups_ is None or self._masked is None else _by_key(self.groups_, self._masked)
+        return {
+            "amount": self.amount_,
+            "plan": self.plan_.to_dict(),
+            "dense": dense,
+            "macs": self._macs,
+            "latency_macs": self._latency_macs,
+            "curves": None if self._curves is None else dict(self._curves),
+            "seed": self._seed,
+            "masked": masked,
+            "sums": sums,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
-        self.amount_ = state_dict["amount"]
+        self.amount_ = state_dict.get("amount", 0.0)
         self._part = self.amount_ / self.amount if self.amount else 0.0
         self.plan_ = Plan.from_dict(state_dict["plan"])
-        self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
-        self._macs = state_dict["macs"]
+        dense = state_dict.get("dense")
+        self._dense = None if dense is None else Dense(**dense)
+        self._macs = state_dict.get("macs", 0.0)
+        self._latency_macs = state_dict.get("latency_macs")
+        self._curves = state_dict.get("curves")
+        self._seed = state_dict.get("seed")
+        self._restored = {key: state_dict.get(key, {}) for key in ("masked", "sums")}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Describe the state dict of a checkpoint that is saved after ``fit`` too."""
@@ -292,20 +492,52 @@ class NeuronPruning(PruningCallback):
     def _describe(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
         metadata[METADATA] = self.state_dict()
 
-    def _reshape(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
-        """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger."""
+    def _reshape(
+        self, trainer: Any, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger.
+
+        So do the copies that averaging callbacks hold: theirs is loaded next.
+        """
         plan = Plan.from_dict(metadata[METADATA]["plan"]) if METADATA in metadata else Plan({}, {})
-        if not _made_by(plan, module):
-            made = _made_by(self.plan_, module)
-            dense = {**_shapes(module), **(self.plan_.shapes if made else {})}
+        if not made_by(plan, module):
+            made = made_by(self.plan_, module)
+            dense = {**shapes_of(module), **(self.plan_.shapes if made else {})}
             if METADATA not in metadata or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
                 loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-                fit_shapes(module, {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)})
+                shapes = {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)}
+                for each in (module, *(c for c in averaged_copies(trainer) if c is not module)):
+                    fit_shapes(each, shapes)
                 return
-            if made:
-                self.plan_.take_back(module)
-            plan.apply(module)
-        self.load_state_dict(metadata[METADATA])
+            for each in (module, *(c for c in averaged_copies(trainer) if c is not module)):
+                if made_by(self.plan_, each):
+                    self.plan_.take_back(each)
+                plan.apply(each)
+        if METADATA in metadata:
+            self.load_state_dict(metadata[METADATA])
+
+
+def _ends(trainer: Any) -> bool:
+    """Whether this is training's last batch, as far as can be known."""
+    by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    return bool(by_steps or (by_epochs and trainer.is_last_batch))
+
+
+def _by_key(groups: Groups, values: Tensor) -> dict[str, Tensor]:
+    """Values of neurons by their group's key: a new trace may number the groups anew."""
+    return {key: values[r.start : r.stop].cpu() for key, r in zip(groups.keys, groups.ranges, strict=True)}
+
+
+def _in_order(groups: Groups, values: dict[str, Tensor], default: float) -> Tensor:
+    """What `_by_key` took apart; a group of another size has the default."""
+    parts = []
+    for key, numbers in zip(groups.keys, groups.ranges, strict=True):
+        known = values.get(key)
+        whole = torch.full((len(numbers),), default)
+        parts.append(known if known is not None and len(known) == len(numbers) else whole)
+    joined = torch.cat(parts) if parts else torch.empty(0)
+    return joined.bool() if default is True else joined
 
 
 def _to_device(call: ModuleCall, device: torch.device) -> ModuleCall:
@@ -314,16 +546,3 @@ def _to_device(call: ModuleCall, device: torch.device) -> ModuleCall:
 
     tree_map = torch.utils._pytree.tree_map
     return ModuleCall(call.path, tree_map(move, call.args), tree_map(move, call.kwargs))
-
-
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in named_tensors(module).items()}
-
-
-def _made_by(plan: Plan, module: nn.Module) -> bool:
-    """Whether the module has the architecture that a plan leads to."""
-    shapes = _shapes(module)
-    return bool(plan) and all(
-        shapes.get(name) == [len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[name])]
-        for name, dims in plan.kept.items()
-    )

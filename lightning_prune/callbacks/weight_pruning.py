@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._rewind import Rewind
+from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.masks import HeldMasks, Masks, apply_masks, local, placed_like, share_of, whole
 from lightning_prune.pruning.patterns import get_pattern
@@ -179,7 +180,7 @@ class WeightPruning(PruningCallback):
         self._keeps_gradients = not pl_module.automatic_optimization
         if self.rewind_to is not None:
             self._prepare_rewind(trainer, pl_module, self.rewind_to)
-        self._handles = [o.register_step_pre_hook(self._before_step) for o in trainer.optimizers]
+        self._handles = before_steps(trainer.optimizers, self._take_gradients)
         self._handles += [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
         if isinstance(self._judge, Wanda):
             self._handles += self._judge.listen(pl_module, list(self._weights(pl_module)), training_only=True)
@@ -231,19 +232,6 @@ class WeightPruning(PruningCallback):
         """Clipping by norm comes next: it is to see the gradients of what is kept only."""
         if self._held is not None and trainer.gradient_clip_val is not None and self.regrow != "rigl":
             self._held.before_step(optimizer)
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
-        if closure is None:
-            self._take_gradients(optimizer)
-            return None
-
-        def last() -> Any:
-            result = closure()  # Lightning's runs hooks and clips in here
-            self._take_gradients(optimizer)
-            return result
-
-        return ((args[0], last, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": last})
 
     def _take_gradients(self, optimizer: Optimizer) -> None:
         if isinstance(self._judge, GradientCriterion) and self._part < 1:

@@ -306,6 +306,20 @@ class Groups(Sequence[Group]):
             sizes[name] *= share
         return round(sum(sizes.values()))
 
+    def idle(self, alive: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Those of the neurons that go whose layers have only zeros for them, biases aside: bool (neurons,)."""
+        sizes = torch.zeros(self.neurons, dtype=torch.float64)
+        made = torch.zeros(self.neurons, dtype=torch.bool)
+        for group, numbers in zip(self.prunable, self.ranges, strict=True):
+            if bool(alive[numbers.start : numbers.stop].all()):
+                continue
+            for part in group.slices:
+                if part.role == "makes" and part.name in self.parameters:
+                    rows = tensors[part.name].detach().movedim(part.dim, 0).flatten(1).abs().amax(1).double().cpu()
+                    sizes[numbers.start : numbers.stop] += rows[part.index].sum(1)
+                    made[numbers.start : numbers.stop] = True
+        return ~alive & made & (sizes == 0)
+
     def without(self, alive: Tensor) -> Groups:
         """The groups after all but the ``alive`` neurons are gone, as a new trace would find them."""
         renumber = torch.cumsum(alive, 0) - 1

@@ -29,24 +29,104 @@ from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
 from lightning_prune.graph.tree import tensors as tensors_of
 from lightning_prune.graph.verify import MaskedModel, compare_outputs
-from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
+from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative
+from lightning_prune.pruning.latency import macs_for_latency
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.prunable import Prunable
+from lightning_prune.pruning.repair import COMPENSATIONS, Repair, add_to
 from lightning_prune.pruning.select import (
     BUDGETS,
-    NEURON_SCOPES,
+    Curves,
+    Dense,
     check_amount,
     check_choice,
+    check_neuron_scope,
     globs,
     measure_dense,
     pick,
     select_neurons,
 )
+from lightning_prune.pruning.sensitivity import damage_curves
 from lightning_prune.pruning.surgery import Change, Value, shrink
 
-__all__ = ["prune_neurons", "remove_chosen", "remove_neurons"]
+__all__ = ["Choice", "prune_neurons", "remove_chosen", "remove_neurons"]
 
 RANDOM = object()
 """Stands for an output that differs from run to run."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which neurons go: the options of `prune_neurons` and `NeuronPruning` that say so. See there."""
+
+    of: str = "neurons"
+    scope: str | Mapping[str, float] = "global"
+    round_to: int = 1
+    min_channels: int = 1
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    exact_only: bool = False
+
+    def check(self) -> None:
+        """Raise a PruningError if an option is wrong in itself."""
+        check_choice("of", self.of, BUDGETS)
+        check_neuron_scope(self.scope, self.of)
+        for name in ("round_to", "min_channels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PruningError(f"{name} must be a whole number of at least 1, got {value!r}")
+        globs("include", self.include)
+        globs("exclude", self.exclude)
+
+    def allowed(self, model: nn.Module, groups: Groups, judge: NeuronCriterion) -> Tensor:
+        """The neurons that may go, bool (neurons,).
+
+        Raises:
+            PruningError: None may.
+        """
+        allowed = pick(groups, globs("include", self.include), globs("exclude", self.exclude), self.exact_only)
+        if not bool(allowed.any()):
+            raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
+        allowed &= judge.judged(model, groups)
+        if not bool(allowed.any()):
+            raise PruningError(f"criterion {judge.name!r} can judge none of the neurons that may go{judge.advice}")
+        return allowed
+
+    def select(
+        self,
+        groups: Groups,
+        scores: Tensor,
+        allowed: Tensor,
+        amount: float,
+        judge: NeuronCriterion,
+        *,
+        dense: Dense,
+        part: float = 1.0,
+        curves: Curves | None = None,
+        on_the_way: bool = False,
+    ) -> Tensor:
+        """The neurons that stay, bool (neurons,): `select_neurons` with these options; latency stands for MACs."""
+        return select_neurons(
+            groups,
+            scores if judge.comparable else relative(groups, scores),
+            allowed,
+            amount,
+            of="macs" if self.of == "latency" else self.of,
+            scope=self.scope,
+            round_to=self.round_to,
+            min_channels=self.min_channels,
+            comparable=judge.comparable,
+            curves=curves,
+            part=part,
+            dense=dense,
+            on_the_way=on_the_way,
+        )
+
+    def curves(
+        self, model: nn.Module, groups: Groups, scores: Tensor, allowed: Tensor, calls: Sequence[ModuleCall]
+    ) -> Curves | None:
+        """What the scope needs to know of the model."""
+        return damage_curves(model, groups, scores, allowed, calls) if self.scope == "sensitivity" else None
 
 
 def prune_neurons(
@@ -55,12 +135,14 @@ def prune_neurons(
     amount: float,
     *,
     of: str = "neurons",
-    criterion: str = "l1",
-    scope: str = "global",
+    criterion: str | Callable[[Tensor], Tensor] = "l1",
+    scope: str | Mapping[str, float] = "global",
     round_to: int = 1,
+    min_channels: int = 1,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     exact_only: bool = False,
+    compensate: str | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     verify: bool = True,
 ) -> Plan:
@@ -70,13 +152,22 @@ def prune_neurons(
         model: Any module.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of ``model``.
         amount: Fraction that goes, [0, 1).
-        of: What the fraction is of: ``"neurons"``, ``"params"`` or ``"macs"``.
-        criterion: What makes a neuron important: ``"l1"``, the L1 norm of all its slices.
-        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group.
+        of: What the fraction is of: ``"neurons"``, ``"params"``, ``"macs"``, or ``"latency"``: the time that a forward
+            of ``example_inputs`` takes on this machine, measured on pruned copies.
+        criterion: What makes a neuron important: ``"l1"``, ``"l2"`` norm of all its slices; ``"geometric_median"``,
+            its distance to the others; ``"lamp"``; ``"bn_scale"``, its norm layer's scale; ``"taylor"``, from the
+            gradients that are there; ``"activation"``, its mean magnitude for ``example_inputs``; ``"random"``; or a
+            function that maps weights of neurons, shape (neurons, k), to scores, (neurons,).
+        scope: ``"global"`` ranks all neurons together, ``"layer"`` takes the same fraction of each group,
+            ``"sensitivity"`` from each what changes the outputs as much; or fractions of neurons by glob on module
+            names (``amount`` where none matches).
         round_to: Groups shrink to multiples of this only.
+        min_channels: Groups keep at least so many neurons.
         include: Globs on module names: only neurons that these layers make (None: all).
         exclude: Globs on module names: no neurons that these layers make.
         exact_only: Leave groups alone whose removal does not equal masking exactly.
+        compensate: ``"least_squares"``: solve for the weights of linear layers and convolutions that read what is gone,
+            so that their outputs for ``example_inputs`` change least. None: they stay as they are.
         optimizer: The optimizer or optimizers that hold the parameters; state and param groups follow.
         verify: Compare with the masked model, one forward of each, and roll back if they differ.
 
@@ -89,27 +180,54 @@ def prune_neurons(
 
     Warns:
         NoEffectWarning: Nothing was removed.
+
+    Source: the criteria name theirs, see `lightning_prune.pruning.criteria`.
     """
     amount = check_amount(amount)
-    check_choice("of", of, BUDGETS)
-    check_choice("scope", scope, NEURON_SCOPES)
-    score = get_criterion(criterion, NEURON_CRITERIA)
-    check_round_to(round_to)
+    option = Choice(of, scope, round_to, min_channels, include, exclude, exact_only)
+    option.check()
+    judge = get_neuron_criterion(criterion)
+    check_compensate(compensate)
     optimizers = _as_optimizers(optimizer)
-    chosen = globs("include", include), globs("exclude", exclude)
     with torch.inference_mode(False), torch.no_grad():
         groups = find_groups(model, example_inputs)
 
         def choose(groups: Groups) -> Tensor:
-            allowed = pick(groups, *chosen, exact_only)
-            check_prunable(groups, allowed)
-            dense, scores = measure_dense(groups, allowed), score(groups, named_tensors(model))
-            return select_neurons(groups, scores, allowed, amount, of=of, scope=scope, round_to=round_to, dense=dense)
+            allowed = option.allowed(model, groups, judge)
+            collect_now(judge, model, groups, groups.calls)
+            scores, dense = judge.score(model, groups), measure_dense(groups, allowed)
+            curves = option.curves(model, groups, scores, allowed, groups.calls)
 
-        plan, *_ = remove_chosen(model, groups, choose, optimizers=optimizers, verify=verify)
+            def select(amount: float) -> Tensor:
+                return option.select(groups, scores, allowed, amount, judge, dense=dense, curves=curves)
+
+            return select(latency_amount(model, groups, select, amount) if of == "latency" else amount)
+
+        def repair(groups: Groups, alive: Tensor) -> Repair:
+            return Repair.of(model, groups, alive, [groups.calls], compensate)
+
+        plan, _, _, changes = remove_chosen(model, groups, choose, optimizers=optimizers, verify=verify, repair=repair)
+        add_to(model, changes)
+    if isinstance(model, Prunable):
+        model.pruning_plan = model.pruning_plan.then(plan)
     if not plan:
         warn_no_effect(f"amount={amount:g} of the {of} rounds to no neuron at all")
     return plan
+
+
+def latency_amount(model: nn.Module, groups: Groups, select: Callable[[float], Tensor], amount: float) -> float:
+    """The fraction of the MACs that must go so that ``amount`` of the latency does, see `macs_for_latency`."""
+
+    def remove(small: nn.Module, alive: Tensor) -> None:
+        remove_neurons(small, groups, alive, verify=False)
+
+    return macs_for_latency(model, groups, groups.calls, select, remove, amount)
+
+
+def check_compensate(compensate: Any) -> None:
+    """Raise a PruningError unless it is None or a way to compensate."""
+    if compensate is not None:
+        check_choice("compensate", compensate, COMPENSATIONS)
 
 
 def _as_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
@@ -124,18 +242,6 @@ def warn_no_effect(message: str) -> None:
     warnings.warn(message, NoEffectWarning, stacklevel=3)
 
 
-def check_round_to(round_to: Any) -> None:
-    """Raise a PruningError unless ``round_to`` is a whole number of at least 1."""
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise PruningError(f"round_to must be a whole number of at least 1, got {round_to!r}")
-
-
-def check_prunable(groups: Groups, allowed: Tensor) -> None:
-    """Raise a PruningError that names the reasons if no neuron may go."""
-    if not bool(allowed.any()):
-        raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
-
-
 def remove_chosen(
     model: nn.Module,
     groups: Groups,
@@ -143,7 +249,9 @@ def remove_chosen(
     *,
     optimizers: Iterable[Optimizer] = (),
     verify: bool = True,
-) -> tuple[Plan, Groups, Tensor]:
+    repair: Callable[[Groups, Tensor], Repair] = lambda groups, alive: Repair(),
+    keep: bool = True,
+) -> tuple[Plan, Groups, Tensor, dict[str, Tensor]]:
     """Remove what ``choose`` picks. Groups that turn out not to fit are drawn along another axis, or frozen.
 
     Args:
@@ -152,9 +260,12 @@ def remove_chosen(
         choose: Maps groups to the neurons that stay, bool (neurons,).
         optimizers: Those that hold its parameters.
         verify: Compare the outputs with those of the masked model.
+        repair: Notes what the whole model does, to make up for the removal.
+        keep: Keep the model pruned; or only find out what can go, and put everything back.
 
     Returns:
-        The plan, the groups that it was made from and which of their neurons stay.
+        The plan, the groups that it was made from, which of their neurons stay, and what is to be added to
+        tensors to repair it.
 
     Raises:
         PruningError: ``choose`` finds that what is left can't reach the amount; everything is as it was.
@@ -164,16 +275,24 @@ def remove_chosen(
     while True:
         alive = choose(groups)
         if bool(alive.all()):
-            return Plan({}, {}), groups, alive
+            return Plan({}, {}), groups, alive, {}
+        noted = repair(groups, alive)
         try:
-            plan = remove_neurons(model, groups, alive, optimizers=optimizers, verify=verify)
+            plan, change = _attempt(model, groups, alive, optimizers, verify)
         except SurgeryError:
             faulty = _faulty(model, groups, alive, verify)
             if not faulty:
                 raise
             groups = groups.refuse(faulty)
-        else:
-            return plan, groups, alive
+            continue
+        try:
+            changes = noted.changes(model) if keep else {}
+        except BaseException:
+            change.undo()
+            raise
+        if not keep:
+            change.undo()
+        return plan, groups, alive, changes
 
 
 def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> dict[int, str]:

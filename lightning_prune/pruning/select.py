@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -22,6 +22,7 @@ __all__ = [
     "Dense",
     "check_amount",
     "check_choice",
+    "check_neuron_scope",
     "globs",
     "matching",
     "measure_dense",
@@ -29,8 +30,11 @@ __all__ = [
     "select_neurons",
 ]
 
-BUDGETS = ("neurons", "params", "macs")
-NEURON_SCOPES = ("global", "layer")
+BUDGETS = ("neurons", "params", "macs", "latency")
+NEURON_SCOPES = ("global", "layer", "sensitivity")
+
+Curves = Mapping[str, Tensor]
+"""By a group's key, how much the model suffers when 0, 1/n, 2/n, … of the whole group is gone; shape (n + 1,)."""
 
 
 def check_amount(amount: Any) -> float:
@@ -51,6 +55,24 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise a PruningError that lists the choices if ``value`` is none of them."""
     if value not in choices:
         raise PruningError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_neuron_scope(scope: Any, of: str) -> None:
+    """Raise a PruningError unless it is one of the scopes, or fractions of neurons by glob."""
+    if not isinstance(scope, Mapping):
+        check_choice("scope", scope, NEURON_SCOPES)
+        return
+    if of != "neurons":
+        raise PruningError(f"amounts by glob are fractions of the neurons of layers: of={of!r} goes with other scopes")
+    if not scope:
+        raise PruningError("scope names no layer")
+    for pattern, amount in scope.items():
+        if not isinstance(pattern, str):
+            raise PruningError(f"scope maps glob patterns on module names to amounts, got {pattern!r}")
+        try:
+            check_amount(amount)
+        except PruningError as error:
+            raise PruningError(f"scope: {pattern!r}: {error}") from None
 
 
 def globs(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -143,8 +165,12 @@ def select_neurons(
     amount: float,
     *,
     of: str = "neurons",
-    scope: str = "global",
+    scope: str | Mapping[str, float] = "global",
     round_to: int = 1,
+    min_channels: int = 1,
+    comparable: bool = False,
+    curves: Curves | None = None,
+    part: float = 1.0,
     dense: Dense,
     on_the_way: bool = False,
 ) -> Tensor:
@@ -158,25 +184,36 @@ def select_neurons(
         of: What the fraction is of: ``"neurons"`` (met to the nearest), ``"params"`` or ``"macs"`` (at or just
             past it).
         scope: ``"global"`` ranks all neurons together, by score, or where ``of`` is a cost by what saving it costs
-            (share of the group's remaining score per unit saved); ``"layer"`` takes the same fraction of each group.
+            (share of the group's remaining score per unit saved); ``"layer"`` takes the same fraction of each group;
+            ``"sensitivity"`` takes from each what hurts the model as much; or the fraction of each group by glob on
+            the layers that make it (the smallest where several match; ``amount`` where none does).
         round_to: Groups shrink to multiples of this only.
+        min_channels: Groups keep at least so many neurons.
+        comparable: Whether scores of different groups are on one scale.
+        curves: For ``scope="sensitivity"``.
+        part: Part of the amounts by glob that is to be gone.
         dense: What the model was before any pruning.
         on_the_way: A later step will remove more: stay just short of the budget, for what is gone can't come back.
 
     Returns:
-        Bool (neurons,): which stay. Every group keeps at least ``round_to`` neurons.
+        Bool (neurons,): which stay. Every group keeps at least ``round_to`` and ``min_channels`` neurons.
 
     Raises:
         PruningError: The budget can't be reached; the message says what can.
     """
+    floor = round_to * math.ceil(max(min_channels, 1) / round_to)
+    if isinstance(scope, Mapping):
+        shares = _shares(groups, allowed, scope, amount)
+        return _by_share(groups, scores, allowed, shares, part, round_to, floor, dense)
     measure, whole = _measure(groups, allowed, of, dense)
-    blocks = _blocks(groups, scores, allowed, scope, round_to, dense, None if of == "neurons" else measure)
+    cost = None if of == "neurons" else measure
+    blocks = _blocks(groups, scores, allowed, round_to, floor, _placing(scope, dense, cost, groups, comparable, curves))
     goal = whole - round(amount * whole) if of == "neurons" else whole * (1 - amount) * (1 + 1e-9)
     everything = _without(groups, blocks)
     if measure(everything) > goal:
         reachable = 1 - measure(everything) / whole if whole else 0.0
         raise PruningError(
-            f"amount={amount:g} of the {of} can't be reached: with every group down to {round_to} neuron(s) "
+            f"amount={amount:g} of the {of} can't be reached: with every group down to {floor} neuron(s) "
             f"{math.floor(reachable * 1e4) / 1e4:g} is gone, the rest is frozen or excluded"
         )
     count = _fewest(groups, blocks, lambda left: measure(left) <= goal)
@@ -292,51 +329,148 @@ def _restored(left: Tensor, blocks: Sequence[Tensor], fits: Callable[[Tensor], b
     return with_first(bisect_left(range(1, len(blocks) + 1), True, key=lambda count: not fits(with_first(count))))
 
 
-def _blocks(
+@dataclass(frozen=True)
+class _Ranked:
+    """A group's neurons in the order in which they would go, and the blocks that go at once.
+
+    Attributes:
+        key: The group's key.
+        size: How many it has now.
+        scores: In that order, float64.
+        starts: Where each block starts, shape (blocks,).
+        ends: Where each block ends.
+        order: The neurons.
+    """
+
+    key: str
+    size: int
+    scores: Tensor
+    starts: Tensor
+    ends: Tensor
+    order: Tensor
+
+    @property
+    def sums(self) -> Tensor:
+        """Scores of the blocks."""
+        if len(self.ends) and bool((self.ends - self.starts == 1).all()):
+            return self.scores[self.starts]  # equal scores stay equal
+        totals = torch.cat([self.scores.new_zeros(1), self.scores.cumsum(0)])
+        return totals[self.ends] - totals[self.starts]
+
+
+def _ranked(groups: Groups, scores: Tensor, allowed: Tensor, round_to: int, floor: int) -> list[_Ranked]:
+    found = []
+    for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
+        first = group.size % round_to or round_to
+        ends = torch.tensor(range(first, group.size - floor + 1, round_to), dtype=torch.long)
+        if not bool(allowed[numbers.start]) or not len(ends):
+            continue
+        order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        found.append(_Ranked(key, group.size, scores[order].double(), starts, ends, order))
+    return found
+
+
+_Placing = Callable[[_Ranked], Tensor]
+"""Gives each block of a group its place in the ranking of all."""
+
+
+def _placing(
+    scope: str,
+    dense: Dense,
+    cost: Callable[[Tensor], float] | None,
+    groups: Groups,
+    comparable: bool,
+    curves: Curves | None,
+) -> _Placing:
+    def gone(group: _Ranked) -> Tensor:
+        """Fraction of the whole group that is gone halfway through each block."""
+        whole = dense.sizes.get(group.key, group.size)
+        return (whole - group.size + (group.starts + group.ends) / 2) / whole
+
+    def by_curve(group: _Ranked) -> Tensor:
+        whole, curve = dense.sizes.get(group.key, group.size), (curves or {}).get(group.key)
+        if curve is None:
+            return torch.full(group.ends.shape, math.inf, dtype=torch.float64)
+        at = (whole - group.size + group.ends).double() / whole * (len(curve) - 1)
+        low = at.floor().long().clamp(max=len(curve) - 2)
+        rising = curve.double().cummax(0).values  # what hurts less when more is gone is an accident
+        damage = rising[low] + (at - low) * (rising[low + 1] - rising[low])
+        return damage + gone(group) * 1e-9  # an order where nothing hurts
+
+    def by_score(group: _Ranked) -> Tensor:
+        lengths = group.ends - group.starts
+        if cost is None:
+            return group.sums / lengths
+        everything, first = torch.ones(groups.neurons, dtype=torch.bool), group.order[: int(group.ends[0])]
+        saved = (cost(everything) - cost(everything.index_fill(0, first, False))) * lengths / int(group.ends[0])
+        if comparable:
+            return torch.where(saved > 0, group.sums / saved, math.inf)
+        mass = group.scores.flip(0).cumsum(0).flip(0)[group.starts]  # of this neuron and all that rank above it
+        return _price(group.sums, mass, saved)
+
+    return {"layer": gone, "sensitivity": by_curve}.get(scope, by_score)
+
+
+def _blocks(groups: Groups, scores: Tensor, allowed: Tensor, round_to: int, floor: int, place: _Placing) -> Blocks:
+    """Neurons that go at once, in the order in which they go."""
+    ranked = _ranked(groups, scores, allowed, round_to, floor)
+    if not ranked:
+        return Blocks.of([])
+    chosen = torch.argsort(torch.cat([place(group).double() for group in ranked]), stable=True)
+    orders = [group.order[: int(group.ends[-1])] for group in ranked]
+    if round_to == 1:
+        return Blocks(torch.cat(orders)[chosen], list(range(1, len(chosen) + 1)))
+    sizes = [size for group in ranked for size in (group.ends - group.starts).tolist()]
+    parts = torch.cat(orders).split(sizes)
+    return Blocks.of([parts[number] for number in chosen.tolist()])
+
+
+def _shares(groups: Groups, allowed: Tensor, scope: Mapping[str, float], amount: float) -> dict[str, float]:
+    """The fraction that each group may lose, by its key.
+
+    Raises:
+        PruningError: A pattern matches no layer that makes neurons that may go.
+    """
+    makers = {
+        key: _makers(group.slices)
+        for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True)
+        if bool(allowed[numbers.start])
+    }
+    names = sorted(set[str]().union(*makers.values()))
+    chosen = {pattern: matching(names, (pattern,), None) for pattern in scope}
+    return {
+        key: min((scope[pattern] for pattern in scope if made & chosen[pattern]), default=amount)
+        for key, made in makers.items()
+    }
+
+
+def _by_share(
     groups: Groups,
     scores: Tensor,
     allowed: Tensor,
-    scope: str,
+    shares: Mapping[str, float],
+    part: float,
     round_to: int,
+    floor: int,
     dense: Dense,
-    measure: Callable[[Tensor], float] | None,
-) -> Blocks:
-    """Neurons that go at once, in the order in which they go."""
-    places: list[Tensor] = []
-    orders: list[Tensor] = []
-    sizes: list[int] = []
-    for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
-        if not bool(allowed[numbers.start]):
-            continue
-        order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
+) -> Tensor:
+    """A part of each group's own fraction goes, to the nearest block."""
+    ranked = {group.key: group for group in _ranked(groups, scores, allowed, round_to, floor)}
+    left = torch.ones(groups.neurons, dtype=torch.bool)
+    for key, group in zip(groups.keys, groups.prunable, strict=True):
         whole = dense.sizes.get(key, group.size)
-        first = group.size % round_to or round_to
-        ends = torch.tensor(range(first, group.size - round_to + 1, round_to), dtype=torch.long)
-        if not len(ends):
+        goal = round(shares.get(key, 0.0) * part * whole) - (whole - group.size)
+        if goal <= 0:
             continue
-        lengths = torch.full_like(ends, round_to)
-        lengths[0] = first
-        starts = ends - lengths
-        ranked = scores[order].double()
-        totals = torch.cat([ranked.new_zeros(1), ranked.cumsum(0)])
-        sums = totals[ends] - totals[starts]
-        if scope == "layer":
-            places.append((whole - group.size + (starts + ends) / 2) / whole)
-        elif measure is None:
-            places.append(sums / lengths if round_to > 1 else ranked[: len(ends)])
-        else:
-            saved = measure(_without(groups, Blocks.of([]))) - measure(_without(groups, Blocks.of([order[:first]])))
-            mass = ranked.flip(0).cumsum(0).flip(0)[starts]  # of this neuron and all that rank above it
-            places.append(_price(sums, mass, saved * lengths / first))
-        orders.append(order[: int(ends[-1])])
-        sizes += lengths.tolist()
-    if not orders:
-        return Blocks.of([])
-    chosen = torch.argsort(torch.cat([place.double() for place in places]), stable=True)
-    if round_to == 1:
-        return Blocks(torch.cat(orders)[chosen], list(range(1, len(chosen) + 1)))
-    parts = torch.cat(orders).split(sizes)
-    return Blocks.of([parts[number] for number in chosen.tolist()])
+        ends = [0, *ranked[key].ends.tolist()] if key in ranked else [0]
+        if goal > ends[-1] + (round_to - 1 if key in ranked else 0):
+            raise PruningError(
+                f"scope: {shares[key]:g} of the {whole} neurons of {group.name} can't go: at least {floor} must stay"
+            )
+        if key in ranked:
+            left[ranked[key].order[: min(ends, key=lambda end: abs(end - goal))]] = False
+    return left
 
 
 def _price(score: Tensor, mass: Tensor, saved: Tensor) -> Tensor:

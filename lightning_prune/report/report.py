@@ -12,9 +12,10 @@ from torch import nn
 
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import named_tensors, undisturbed
+from lightning_prune.pruning.latency import latencies
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.report.cost import cost_of_calls
-from lightning_prune.report.run import batch_size, file_size, latencies
+from lightning_prune.report.run import batch_size, file_size
 
 __all__ = ["Report", "Row", "build_report"]
 

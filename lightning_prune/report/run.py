@@ -1,4 +1,4 @@
-"""Measuring runs: the same calls with one example, file sizes, latencies of two models side by side."""
+"""Measuring runs: the same calls with one example, file sizes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,7 +16,7 @@ from lightning_prune.export import save_pruned
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import run_calls, undisturbed
 
-__all__ = ["batch_size", "file_size", "latencies", "measurable"]
+__all__ = ["batch_size", "file_size", "measurable"]
 
 
 def batch_size(calls: Sequence[ModuleCall]) -> int:
@@ -80,36 +77,3 @@ def file_size(model: nn.Module) -> int:
         path = Path(folder, "model.safetensors")
         save_pruned(model, path)
         return path.stat().st_size
-
-
-def latencies(models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, seconds: float = 1.0) -> list[float]:
-    """Median time of one evaluation-mode forward of each model, measured in turn so that drift hits all alike.
-
-    Args:
-        models: Models that take the same calls.
-        calls: What to run.
-        seconds: How long to measure in all.
-
-    Returns:
-        Seconds, one per model.
-    """
-    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
-    times: list[list[float]] = [[] for _ in models]
-
-    def once(model: nn.Module) -> float:
-        begin = perf_counter()
-        run_calls(model, calls)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return perf_counter() - begin
-
-    for model in models:
-        model.eval()
-        once(model)  # warm-up
-    end = perf_counter() + seconds
-    order = list(zip(models, times, strict=True))
-    while perf_counter() < end or len(times[0]) < 4:
-        for model, taken in order:
-            taken.append(once(model))
-        order.reverse()  # neither is always the one that runs on warm caches
-    return [median(taken) for taken in times]

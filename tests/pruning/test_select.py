@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune import PruningError, find_groups
 from lightning_prune.graph.groups import Groups
-from lightning_prune.pruning.criteria import neuron_l1
+from lightning_prune.pruning.criteria import L1, relative
 from lightning_prune.pruning.select import matching, measure_dense, pick, select_neurons
 from lightning_prune.pruning.surgery import named_tensors
 
@@ -20,7 +20,7 @@ from lightning_prune.pruning.surgery import named_tensors
 def find(name: str) -> tuple[Groups, Tensor, Tensor]:
     model, x = build_case(name)
     groups = find_groups(model, x)
-    return groups, neuron_l1(groups, named_tensors(model)), torch.ones(groups.neurons, dtype=torch.bool)
+    return groups, relative(groups, L1().score(model, groups)), torch.ones(groups.neurons, dtype=torch.bool)
 
 
 def in_groups(groups: Groups, values: Tensor) -> list[list[Any]]:
@@ -44,7 +44,7 @@ def test_scores_are_the_l1_norms_over_all_slices_relative_to_the_groups_mean(nam
             for neuron in range(group.size)
         ]
         expected.append([score / (sum(scores) / len(scores)) for score in scores])
-    for ours, theirs in zip(in_groups(groups, neuron_l1(groups, tensors)), expected, strict=True):
+    for ours, theirs in zip(in_groups(groups, relative(groups, L1().score(model, groups))), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-12)
 
 

@@ -1,0 +1,138 @@
+"""Loading pruned modules from Lightning's checkpoints: the architecture first, then the weights."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightning_prune.errors import PruningError
+from lightning_prune.graph.run import named_tensors
+from lightning_prune.pruning.plan import Plan
+
+__all__ = ["METADATA", "Prunable", "load_from_checkpoint", "made_by", "shapes_of"]
+
+METADATA = "lightning_prune"
+"""Where in a state dict's metadata the plan stands: a file of weights alone has nothing else."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    """Shapes of parameters and buffers."""
+    return {name: list(tensor.shape) for name, tensor in named_tensors(module).items()}
+
+
+def made_by(plan: Plan, module: nn.Module) -> bool:
+    """Whether the module has the architecture that a plan leads to."""
+    shapes = shapes_of(module)
+    return bool(plan) and all(
+        shapes.get(name) == [len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[name])]
+        for name, dims in plan.kept.items()
+    )
+
+
+def become(module: nn.Module, plan: Plan, own: Plan) -> None:
+    """Give a module the architecture that ``plan`` leads to; ``own`` is what was removed from it so far.
+
+    Raises:
+        PruningError: The plan is that of another model; the module is untouched.
+    """
+    if made_by(plan, module):
+        return
+    made = made_by(own, module)
+    dense = {**shapes_of(module), **(own.shapes if made else {})}
+    for name, shape in plan.shapes.items():
+        if dense.get(name) != shape:
+            had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
+            raise PruningError(
+                f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {type(module).__name__} has {had}"
+            )
+    if made:
+        own.take_back(module)
+    plan.apply(module)
+
+
+class Prunable:
+    """Mixin for LightningModules that load and describe themselves when pruned; stands before ``LightningModule``.
+
+    ``Cls.load_from_checkpoint``, ``load_state_dict`` and ``Trainer.test(model, ckpt_path=…)`` without a callback give
+    the small model; ``state_dict`` says what was removed. With it, `NeuronPruning` works in spawned processes too.
+
+    Attributes:
+        pruning_plan: What was removed from the module so far; `NeuronPruning` and `prune_neurons` keep it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_prune import prune_neurons
+        >>> class Net(Prunable, nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        ...     def forward(self, x):
+        ...         return self.layers(x)
+        >>> net, other = Net(), Net()
+        >>> plan = prune_neurons(net, torch.rand(1, 4), 0.5)
+        >>> other.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> other.layers[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+
+    pruning_plan: Plan = Plan({}, {})
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", None)
+        if self.pruning_plan and metadata is not None:
+            metadata[prefix[:-1]][METADATA] = {"plan": self.pruning_plan.to_dict()}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        if METADATA in local_metadata:
+            self._become(Plan.from_dict(local_metadata[METADATA]["plan"]))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the architecture from the callback's state: an averaging callback saves another state dict."""
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and {"plan", "dense"} <= state.keys():
+                self._become(Plan.from_dict(state["plan"]))
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def _become(self, plan: Plan) -> None:
+        if isinstance(self, nn.Module):
+            become(self, plan, self.pruning_plan)
+        self.pruning_plan = plan
+
+
+def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: Any) -> Module:
+    """A LightningModule from a checkpoint of a run that pruned it, already small.
+
+    Args:
+        cls: Its class.
+        path: The checkpoint, with weights only or with everything.
+        **init: What ``cls.load_from_checkpoint`` takes: constructor arguments that are not among the saved
+            hyper-parameters, ``map_location``, ``strict``, ….
+
+    Raises:
+        PruningError: The file is damaged or no checkpoint, or was pruned from another architecture.
+    """
+    loader = getattr(cls, "load_from_checkpoint", None)
+    if not isinstance(cls, type) or loader is None:
+        raise PruningError(f"cls must be a LightningModule class, got {cls!r}")
+    knows: Any = (
+        cls if issubclass(cls, Prunable) else type(cls.__name__, (Prunable, cls), {"__module__": cls.__module__})
+    )
+    try:
+        module: Any = knows.load_from_checkpoint(path, **init)
+    except (RuntimeError, EOFError, UnpicklingError, KeyError, AttributeError) as error:
+        if isinstance(error, PruningError):
+            raise
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
+    if knows is not cls:
+        module.__class__ = cls
+        module.__dict__.pop("pruning_plan", None)
+    result: Module = module
+    return result
