@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_prune import NeuronPruning, WeightPruning
-from lightning_prune.report.run import latencies
+from lightning_prune.pruning.latency import latencies
 
 
 def run_script(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
@@ -94,6 +94,23 @@ CASES = {
     "manual": Case(lambda **o: Manual(**o), lambda: [neurons(0.5), weights(0.3)]),
     "accumulate": Case(lambda **o: Task(**o), lambda: [neurons(0.5), weights(0.3)], {"accumulate_grad_batches": 3}),
     "every": Case(lambda **o: Task(**o), lambda: [neurons(0.5, every=2), weights(0.3, every=3)], {"max_steps": 10}),
+    "taylor": Case(lambda **o: Task(conv_net(), shape=IMAGE, **o), lambda: [neurons(0.5, criterion="taylor")]),
+    "activation": Case(
+        lambda **o: Task(conv_net(), shape=IMAGE, **o), lambda: [neurons(0.5, criterion="activation", every=3)]
+    ),
+    "masked until the end": Case(
+        lambda **o: Task(conv_net(), shape=IMAGE, optimizer=ADAMW, **o), lambda: [neurons(0.5, remove="end")]
+    ),
+    "random neurons": Case(lambda **o: Task(**o), lambda: [neurons(0.5, criterion="random")], same=False),
+    "repaired": Case(
+        lambda **o: Task(conv_net(), shape=IMAGE, **o), lambda: [neurons(0.5, compensate="least_squares")], same=False
+    ),
+    "sensitivity": Case(
+        lambda **o: Task(conv_net(), shape=IMAGE, **o), lambda: [neurons(0.5, scope="sensitivity")], same=False
+    ),
+    "recalibrated": Case(
+        lambda **o: Task(Residual(), shape=IMAGE, **o), lambda: [neurons(0.5, recalibrate=3)], same=False
+    ),
     "batch norm": Case(
         lambda **o: Task(Residual(), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False
     ),

@@ -137,6 +137,7 @@ class NeuronPruning(PruningCallback):
         self.groups_: Groups | None = None
         self._dense: Dense | None = None
         self._macs = 0.0
+        self._pruned = 0.0
         self._latency_macs: float | None = None
         self._curves: Curves | None = None
         self._masked: Tensor | None = None
@@ -169,13 +170,15 @@ class NeuronPruning(PruningCallback):
             raise ConfigurationError("only one NeuronPruning callback can be in the Trainer's callbacks")
         begun = bool(self.plan_) or bool(self._restored)
         if not begun or (self.plan_ and not made_by(self.plan_, pl_module)):
-            self.amount_, self._part = 0.0, 0.0
+            self.amount_ = self._part = self._pruned = 0.0
             self.plan_, self._dense = Plan({}, {}), None  # nothing gone yet, or another model
             self._latency_macs, self._curves, self._seed, self._restored = None, None, None, {}
         self._note_plan(pl_module)
         install_patches(pl_module, self.plan_.patches)
         self.groups_, self._masked, self._held = None, None, None
         self._judge.forget()
+        if isinstance(self._judge, Activation):
+            self._judge.sums = dict(self._restored.get("sums", {}))
         inputs = self.example_inputs
         if inputs is None:
             inputs = getattr(pl_module, "example_input_array", None)
@@ -208,8 +211,8 @@ class NeuronPruning(PruningCallback):
     def _take_up(self, trainer: Any, pl_module: Any, groups: Groups) -> None:
         """Go on with what a checkpoint knows of neurons, now that these have numbers."""
         restored, self._restored = self._restored, {}
-        if restored.get("masked"):
-            self._mask(trainer, pl_module, groups, _in_order(groups, restored["masked"], True))
+        if restored.get("masked"):  # zero already, and perhaps needed as it is for a backward that is to come
+            self._mask(pl_module, groups, _in_order(groups, restored["masked"], True))
         if isinstance(self._judge, Taylor) and restored.get("sums"):
             self._judge.sums["total"] = _in_order(groups, restored["sums"], 0.0).double()
 
@@ -236,11 +239,12 @@ class NeuronPruning(PruningCallback):
     def _select(self, groups: Groups, allowed: Tensor, scores: Tensor, amount: float) -> Tensor:
         assert self._dense is not None
         part = amount / self.amount if self.amount else 0.0
+        asked = amount if self._latency_macs is None else part * self._latency_macs
         return self._choice.select(
             groups,
             scores,
             allowed,
-            amount if self._latency_macs is None else part * self._latency_macs,
+            self.amount if isinstance(self.scope, dict) else asked,
             self._judge,
             dense=self._dense,
             part=part,
@@ -281,6 +285,9 @@ class NeuronPruning(PruningCallback):
         trainer = self._tracer_of
         del self._tracer, self._tracer_of
         self._take(trainer, pl_module, trace)
+        if self._keep and self._part < 1:
+            self._recent = RecentCalls(pl_module, trace.calls, self._keep)
+            self._recent.batches.append(list(trace.calls))
         return tuple(trace.calls)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -291,8 +298,6 @@ class NeuronPruning(PruningCallback):
         self._handles = before_steps(trainer.optimizers, lambda optimizer: self._take_gradients(pl_module, optimizer))
         self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
         if isinstance(self._judge, Activation):
-            if self.groups_ is None:
-                self._judge.sums = dict(self._restored.get("sums", {}))
             self._handles += self._judge.listen(pl_module, training_only=True)
         if self._held is not None:
             self._held.clear(trainer.optimizers)
@@ -300,11 +305,22 @@ class NeuronPruning(PruningCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Observe the first batch; keep the last ones, where they are needed."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        count = max(self.recalibrate, BATCHES) if self.compensate else self.recalibrate
-        if count and self.groups_ is not None and self._part < 1:
+        if self._keep and self.groups_ is not None and self._part < 1:
             if self._recent is None:
-                self._recent = RecentCalls(pl_module, self.groups_.calls, count)
+                self._recent = RecentCalls(pl_module, self.groups_.calls, self._keep)
             self._recent.next_batch()
+
+    @property
+    def _keep(self) -> int:
+        """How many of the last batches are needed."""
+        return max(self.recalibrate, BATCHES) if self.compensate else self.recalibrate
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Take in what the batch told, then prune."""
+        if isinstance(self._judge, Activation):
+            add = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")  # noqa: E731
+            self._judge.merge(pl_module, add if trainer.world_size > 1 else None)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _take_gradients(self, pl_module: Any, optimizer: Any) -> None:
         if isinstance(self._judge, Taylor) and self.groups_ is not None and self._part < 1:
@@ -322,18 +338,16 @@ class NeuronPruning(PruningCallback):
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
         now = self.remove == "progressive" or _ends(trainer)
-        self._go(trainer, pl_module, amount, now)
+        if self._part > self._pruned or (now and self._masked is not None):
+            self._go(trainer, pl_module, amount, now)
 
     def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
         """Choose what goes, and remove it now or only mask it."""
         assert self.groups_ is not None
         drawn, whole, masked = self.groups_, self._dense, self._masked
+        further, self._pruned = self._part > self._pruned, self._part
         if isinstance(self._judge, Random):
             self._judge.seed = mix_seed(self._seed or 0, str(trainer.global_step))
-        if isinstance(self._judge, Activation):
-            self._judge.sums = {
-                key: trainer.strategy.reduce(each, reduce_op="sum") for key, each in self._judge.sums.items()
-            }
 
         def choose(groups: Groups) -> Tensor:
             allowed = self._choice.allowed(pl_module, groups, self._judge)
@@ -346,10 +360,13 @@ class NeuronPruning(PruningCallback):
             left = torch.ones(groups.neurons, dtype=torch.bool)
             if masked is not None and groups is drawn:
                 left = masked
+                if not further:
+                    return left
             self._judge.ready(pl_module, groups)
             scores = self._judge.score(pl_module, groups)
             if self._curves is None:
-                self._curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
+                curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
+                self._curves = trainer.strategy.broadcast(curves)
             rest = groups if bool(left.all()) else groups.without(left)
             alive = left.clone()
             alive[left] = self._select(rest, allowed[left], scores[left], amount)
@@ -370,14 +387,20 @@ class NeuronPruning(PruningCallback):
             repair=repair,
             keep=now,
         )
+        self._judge.forget()
+        if isinstance(self._judge, Activation):
+            self._judge.watch_for(pl_module, groups)
         if not now:
-            self._mask(trainer, pl_module, groups, alive)
+            masks = self._mask(pl_module, groups, alive)
+            if self._held is not None:
+                self._held.clear(trainer.optimizers)
+            for copy in averaged_copies(trainer):
+                apply_masks(named_tensors(copy), masks)
             return
         self.groups_ = groups.without(alive) if plan else groups
         self._masked, self._held = None, None
         if not plan:
             return
-        self._judge.forget()
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, self.groups_)
         add_to(pl_module, changes)
@@ -398,8 +421,8 @@ class NeuronPruning(PruningCallback):
             callback._calls = self._calls  # they tell which calls keep their input's shape
             callback._follow_removal(trainer, pl_module, plan)
 
-    def _mask(self, trainer: Any, pl_module: Any, groups: Groups, alive: Tensor) -> None:
-        """Hold at zero whatever belongs to neurons that are to go."""
+    def _mask(self, pl_module: Any, groups: Groups, alive: Tensor) -> dict[str, Tensor]:
+        """From now on hold at zero whatever belongs to neurons that are to go; the masks."""
         self.groups_, self._masked = groups, alive
         tensors, kept = named_tensors(pl_module), groups.kept(alive)
         masks: dict[str, Tensor] = {}
@@ -415,9 +438,7 @@ class NeuronPruning(PruningCallback):
                 mask.index_fill_(dim, gone.nonzero().squeeze(1), False)
             masks[name] = mask.to(tensor.device)
         self._held = HeldMasks(tensors, masks)
-        self._held.clear(trainer.optimizers)
-        for copy in averaged_copies(trainer):
-            apply_masks(named_tensors(copy), masks)
+        return masks
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Remove what is still masked, if training ended before its time; then say what was gained."""
@@ -464,6 +485,7 @@ class NeuronPruning(PruningCallback):
             "plan": self.plan_.to_dict(),
             "dense": dense,
             "macs": self._macs,
+            "pruned": self._pruned,
             "latency_macs": self._latency_macs,
             "curves": None if self._curves is None else dict(self._curves),
             "seed": self._seed,
@@ -479,6 +501,7 @@ class NeuronPruning(PruningCallback):
         dense = state_dict.get("dense")
         self._dense = None if dense is None else Dense(**dense)
         self._macs = state_dict.get("macs", 0.0)
+        self._pruned = state_dict.get("pruned", self._part)
         self._latency_macs = state_dict.get("latency_macs")
         self._curves = state_dict.get("curves")
         self._seed = state_dict.get("seed")

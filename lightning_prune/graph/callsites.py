@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of, shape_of_input
@@ -38,8 +39,16 @@ __all__ = [
     "installed_patches",
     "marked_attributes",
     "remove_patches",
+    "untraced",
     "watched_size",
 ]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """What runs inside is no part of a model that is being watched: a hook's own arithmetic, for one."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def in_backward() -> bool:

@@ -315,7 +315,8 @@ class Groups(Sequence[Group]):
                 continue
             for part in group.slices:
                 if part.role == "makes" and part.name in self.parameters:
-                    rows = tensors[part.name].detach().movedim(part.dim, 0).flatten(1).abs().amax(1).double().cpu()
+                    tensor = tensors[part.name].detach()
+                    rows = tensor.movedim(part.dim, 0).reshape(tensor.size(part.dim), -1).abs().amax(1).double().cpu()
                     sizes[numbers.start : numbers.stop] += rows[part.index].sum(1)
                     made[numbers.start : numbers.stop] = True
         return ~alive & made & (sizes == 0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.callsites import ModuleCall, untraced
 from lightning_prune.graph.groups import NO_UNIT, Groups, Slice
 from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
 
@@ -204,7 +204,7 @@ class GeometricMedian(NeuronCriterion):
 
 def rows_of(weight: Tensor, part: Slice) -> Tensor:
     """What a tensor holds of each neuron: shape (neurons, k), at least single precision."""
-    weight = weight.detach().movedim(part.dim, 0).flatten(1)
+    weight = weight.detach().movedim(part.dim, 0).reshape(weight.size(part.dim), -1)
     rows = weight[part.index.flatten().to(weight.device)].view(len(part.units), -1)
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
@@ -285,6 +285,7 @@ class Activation(NeuronCriterion):
 
     def __init__(self) -> None:
         super().__init__()
+        self._fresh: dict[str, Tensor] = {}
         self._wanted: tuple[Groups, set[str]] | None = None
 
     def _seen(self, model: nn.Module, groups: Groups) -> tuple[dict[str, Tensor], Tensor]:
@@ -337,11 +338,31 @@ class Activation(NeuronCriterion):
         if (training_only and not layer.training) or (self._wanted is not None and key not in self._wanted[1]):
             return
         channel = x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - 1 - len(layer.kernel_size)
+        if not 0 <= channel < x.dim():
+            return  # the layer is about to refuse it
         others = [dim for dim in range(x.dim()) if dim != channel]
-        sizes = x.detach().abs().to(torch.promote_types(x.dtype, torch.float32))
-        told = (sizes.sum(others) if others else sizes).double()
-        told = torch.cat([told, told.new_full((1,), x.numel() / x.size(channel))])
-        self.sums[key] = told if key not in self.sums else self.sums[key].to(told.device).add_(told)
+        with untraced():
+            sizes = x.detach().abs().to(torch.promote_types(x.dtype, torch.float32))
+            told = (sizes.sum(others) if others else sizes).double()
+            told = torch.cat([told, told.new_full((1,), x.numel() / x.size(channel))])
+            self._fresh[key] = told if key not in self._fresh else self._fresh[key].to(told.device).add_(told)
+
+    def merge(self, model: nn.Module, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """A batch is over: add what it told, on all processes alike.
+
+        Args:
+            model: The model.
+            reduce: Gives the sum over all processes; None where there is one.
+        """
+        fresh, self._fresh = self._fresh, {}
+        if reduce is not None:  # processes may have run other layers, but must reduce the same
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            sizes = {key: size for key, size in _ends(model).items() if self._wanted is None or key in self._wanted[1]}
+            flat = [fresh[key].to(device) if key in fresh else torch.zeros(sizes[key] + 1).to(device) for key in sizes]
+            parts = reduce(torch.cat([each.double() for each in flat])).split([size + 1 for size in sizes.values()])
+            fresh = {key: part for key, part in zip(sizes, parts, strict=True) if bool(part[-1])}
+        for key, told in fresh.items():
+            self.sums[key] = told if key not in self.sums else self.sums[key].to(told.device) + told
 
     def ready(self, model: nn.Module, groups: Groups) -> None:
         """Raise a PruningError if nothing ran."""
@@ -363,10 +384,20 @@ class Activation(NeuronCriterion):
     def forget(self) -> None:
         """Neurons are gone: collect anew."""
         super().forget()
-        self._wanted = None
+        self._wanted, self._fresh = None, {}
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def _ends(model: nn.Module) -> dict[str, int]:
+    """Size of the inputs (``"path<"``) and outputs (``"path>"``) of layers."""
+    sizes = {}
+    for path, layer in _layers(model).items():
+        linear = isinstance(layer, nn.Linear)
+        sizes[f"{path}<"] = int(layer.in_features if linear else layer.in_channels)
+        sizes[f"{path}>"] = int(layer.out_features if linear else layer.out_channels)
+    return sizes
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
     kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
     return {path: module for path, module in model.named_modules() if type(module) in kinds}
 
@@ -454,6 +485,7 @@ def collect_now(criterion: NeuronCriterion, model: nn.Module, groups: Groups, ca
             with undisturbed(model):
                 model.eval()
                 run_calls(model, [call for call in calls if call.repeatable])
+            criterion.merge(model)
         finally:
             for handle in handles:
                 handle.remove()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.callsites import ModuleCall, untraced
 from lightning_prune.graph.run import run_calls, same_buffers, undisturbed
 from lightning_prune.graph.tree import tensors
 from lightning_prune.pruning.masks import whole
@@ -248,7 +248,7 @@ class Wanda(Criterion):
             def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                 if module.training or not training_only:
                     x = args[0] if args else kwargs["input"]
-                    with torch.no_grad():
+                    with torch.no_grad(), untraced():
                         told = _squares(module, x.detach())
                         self.sums[name] = told if name not in self.sums else self.sums[name].add_(told)
 
