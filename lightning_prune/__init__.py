@@ -11,7 +11,7 @@ from lightning_prune.pruning.sensitivity import Sensitivity, sensitivity
 from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.report.cost import count_cost
 from lightning_prune.report.report import Report
-from lightning_prune.schedulers import create_lr_scheduler, preview_lr
+from lightning_prune.schedulers import create_lr_scheduler, plot_lr, preview_lr
 from lightning_prune.sparse import to_semi_structured
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "find_groups",
     "load_from_checkpoint",
     "load_pruned",
+    "plot_lr",
     "preview_lr",
     "prune_neurons",
     "prune_weights",

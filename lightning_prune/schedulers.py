@@ -5,11 +5,13 @@ Every curve is one of torch's own classes. Nothing here imports Lightning.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, SupportsFloat
 
 import torch
@@ -31,7 +33,15 @@ from torch.optim.lr_scheduler import (
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["LENGTH_OPTIONS", "SCHEDULERS", "create_lr_scheduler", "preview_lr"]
+__all__ = [
+    "AFTER_PRUNING",
+    "LENGTH_OPTIONS",
+    "SCHEDULERS",
+    "FollowsPruning",
+    "create_lr_scheduler",
+    "plot_lr",
+    "preview_lr",
+]
 
 SCHEDULERS: dict[str, type[LRScheduler]] = {
     "exponential": ExponentialLR,
@@ -47,6 +57,9 @@ SCHEDULERS: dict[str, type[LRScheduler]] = {
 
 LENGTH_OPTIONS = {"cosine": "T_max", "polynomial": "total_iters", "one_cycle": "total_steps"}
 """The option that holds the length of the training, in intervals after the warm-up."""
+
+AFTER_PRUNING = ("restart", "rewarm")
+"""What a schedule can do when something has been pruned."""
 
 _INTERVALS = ("epoch", "step")
 # Ours only where torch has none, or where torch's own would not do what the name says.
@@ -67,6 +80,7 @@ def create_lr_scheduler(
     warmup: int = 0,
     interval: str = "epoch",
     monitor: str | None = None,
+    after_pruning: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Build a learning-rate schedule as Lightning's ``lr_scheduler`` dict.
@@ -95,6 +109,9 @@ def create_lr_scheduler(
         warmup: Intervals of linear warm-up in front of the schedule.
         interval: What ``warmup`` and the options count: ``"epoch"``, or ``"step"`` for optimizer steps.
         monitor: Logged metric that ``plateau`` watches, e.g. ``"val_loss"``; the others ignore it.
+        after_pruning: What happens when a pruning callback has taken something away: ``"restart"``, the schedule starts
+            anew, with its warm-up; ``"rewarm"``, it goes on, but climbs to its rate over ``warmup`` intervals once
+            more. None: it goes on.
         **options: Options of the torch class.
 
     Returns:
@@ -120,11 +137,17 @@ def create_lr_scheduler(
     if name == "plateau" and not monitor:
         raise PruningError("lr scheduler 'plateau' needs monitor, a metric that is logged, e.g. 'val_loss'.")
 
+    if after_pruning is not None and after_pruning not in AFTER_PRUNING:
+        raise PruningError(f"Unknown after_pruning {after_pruning!r}. Allowed: {', '.join(AFTER_PRUNING)}, None.")
+    if after_pruning == "rewarm" and not warmup:
+        raise PruningError("after_pruning='rewarm' repeats the warm-up, so warmup must be 1 or more.")
+
     options = {**_DEFAULTS.get(name, {}), **options}
     if name == "one_cycle":
         options.setdefault("max_lr", [float(group["lr"]) for group in optimizer.param_groups])
     _check_options(name, options)
-    config = {"scheduler": _build(optimizer, name, warmup, options), "interval": interval, "frequency": 1}
+    scheduler = _build(optimizer, name, warmup, options, after_pruning)
+    config = {"scheduler": scheduler, "interval": interval, "frequency": 1}
     return config if monitor is None else {**config, "monitor": monitor}
 
 
@@ -186,6 +209,42 @@ def preview_lr(
     return curve
 
 
+def plot_lr(
+    name: str, *, lr: float, steps: int, warmup: int = 0, path: str | PathLike[str] | None = None, **options: Any
+) -> Any:
+    """Draw the curve that `preview_lr` computes.
+
+    Args:
+        name: Name of the schedule.
+        lr: Learning rate of the optimizer.
+        steps: Number of intervals.
+        warmup: Intervals of linear warm-up.
+        path: Where to write it, as what its ending says; None: nowhere.
+        **options: ``metrics`` and the options of the torch class.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        PruningError: As `preview_lr`; matplotlib is not installed.
+    """
+    curve = preview_lr(name, lr=lr, steps=steps, warmup=warmup, **options)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(range(steps), curve, where="post")
+    axes.set_xlabel("interval (epoch or optimizer step)")
+    axes.set_ylabel("learning rate")
+    axes.set_title(name if not warmup else f"{name}, {warmup} intervals of warm-up")
+    axes.set_ylim(bottom=0)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
 class _WarmUp(SequentialLR):
     """torch's linear warm-up, then ``scheduler``."""
 
@@ -233,13 +292,108 @@ class _WarmUpPlateau(ReduceLROnPlateau):
         self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
 
 
-def _build(optimizer: Optimizer, name: str, warmup: int, options: dict[str, Any]) -> LRScheduler:
+class FollowsPruning:
+    """Mixin for torch's schedulers: starts anew, or warms up again, when something has been pruned."""
+
+    optimizer: Optimizer
+    after_pruning: str | None = None
+    _warmup = 0
+    _plain: list[float] | None = None
+    _since: int | None = None
+    _pending = False
+    _first: tuple[Any, Any] | None = None
+
+    def follow(self, after_pruning: str, warmup: int) -> None:
+        """From now on, heed `pruned`; the schedule is at its start."""
+        self.after_pruning, self._warmup = after_pruning, warmup
+        groups = [{k: v for k, v in group.items() if k in _SCHEDULED} for group in self.optimizer.param_groups]
+        self._first = copy.deepcopy((self.state_dict(), groups))  # type: ignore[attr-defined]
+
+    def pruned(self, *, before_step: bool) -> None:
+        """Something has been pruned.
+
+        Args:
+            before_step: `step` comes before the next training step.
+        """
+        if before_step:
+            self._pending = True
+        else:
+            self._act()
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Go on by one interval."""
+        if self._pending and self.after_pruning == "restart":
+            self._act()
+            return
+        if self._plain is not None:
+            self._set(self._plain)
+            self._plain = None
+        super().step(*args, **kwargs)  # type: ignore[misc]
+        if self._pending:
+            self._act()
+        elif self._since is not None:
+            self._since += 1
+            self._scale()
+
+    def _act(self) -> None:
+        self._pending = False
+        if self.after_pruning == "rewarm":
+            if self._plain is not None:
+                self._set(self._plain)
+            self._since = 0
+            self._scale()
+        elif self._first is not None:
+            first = self._first
+            state, groups = copy.deepcopy(first)
+            self.load_state_dict(state)  # type: ignore[attr-defined]
+            self._first = first
+            for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+                lr = group["lr"]
+                group.update(values)
+                if isinstance(lr, Tensor):  # the optimizer holds on to it
+                    group["lr"] = lr.fill_(float(values["lr"]))
+
+    def _scale(self) -> None:
+        assert self._since is not None
+        self._plain = [float(group["lr"]) for group in self.optimizer.param_groups]
+        factor = min((self._since + 1) / (self._warmup + 1), 1.0)
+        self._set([rate * factor for rate in self._plain])
+        if self._since >= self._warmup:
+            self._since, self._plain = None, None
+
+    def _set(self, rates: Sequence[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = list(rates)
+
+
+_SCHEDULED = ("lr", "momentum", "betas")
+"""What torch's schedules change of a parameter group."""
+
+
+def _following(cls: type[LRScheduler]) -> type[LRScheduler]:
+    return type(f"{cls.__name__.lstrip('_')}FollowsPruning", (FollowsPruning, cls), {"__module__": __name__})
+
+
+def _build(
+    optimizer: Optimizer, name: str, warmup: int, options: dict[str, Any], after_pruning: str | None
+) -> LRScheduler:
     """Make the torch object; what torch refuses becomes a PruningError that names the schedule."""
+    outer: Callable[[Any], Any] = (lambda cls: cls) if after_pruning is None else _following
     try:
+        scheduler: LRScheduler
         if warmup and name == "plateau":
-            return _WarmUpPlateau(optimizer, warmup, **options)
-        scheduler = SCHEDULERS[name](optimizer, **options)
-        return _WarmUp(optimizer, scheduler, warmup) if warmup else scheduler
+            scheduler = outer(_WarmUpPlateau)(optimizer, warmup, **options)
+        elif warmup:
+            scheduler = outer(_WarmUp)(optimizer, SCHEDULERS[name](optimizer, **options), warmup)
+        else:
+            scheduler = outer(SCHEDULERS[name])(optimizer, **options)
+        if isinstance(scheduler, FollowsPruning):
+            scheduler.follow(str(after_pruning), warmup)
+        return scheduler
     except (TypeError, ValueError) as error:
         raise PruningError(f"lr scheduler {name!r}: {error}") from error
 

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune._lightning import accept_both_lightnings
@@ -22,6 +23,7 @@ from lightning_prune.pruning.select import check_amount, globs
 from lightning_prune.report.cost import Cost, cost_of_calls
 from lightning_prune.report.report import Report, build_report
 from lightning_prune.report.run import measurable
+from lightning_prune.schedulers import FollowsPruning
 
 __all__ = ["ConfigurationError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
 
@@ -39,6 +41,14 @@ def averaged_copies(trainer: Any) -> list[nn.Module]:
     """The copies of the module whose weights Lightning's averaging callbacks hold; they must follow the module."""
     averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
     return [a.module if isinstance(a, AveragedModel) else a for a in averages if a is not None]
+
+
+def _tell_schedulers(trainer: Any, epoch_is_over: bool) -> None:
+    """Learning rates may start anew after a pruning; those that watch a metric take their step only after this."""
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, FollowsPruning):
+            due = config.interval == "step" or (epoch_is_over and (trainer.current_epoch + 1) % config.frequency == 0)
+            config.scheduler.pruned(before_step=due and isinstance(config.scheduler, ReduceLROnPlateau))
 
 
 class PruningCallback(Callback):
@@ -236,12 +246,14 @@ class PruningCallback(Callback):
         self._steps = trainer.global_step
         if last or final or passed:
             progress = self._clock.progress(epochs, trainer.global_step)
-            self._progress = progress
+            self._progress, before = progress, self._part
             # A schedule never takes anything back: a second fit starts where the first one stopped.
             self._part = max(self._part, get_schedule(self.schedule, self.amount)(progress))
             self.amount_ = max(self.amount_, self.amount * self._part)
             if self._part > 0:
                 self._prune(trainer, pl_module, self.amount_)
+            if self._part > before:
+                _tell_schedulers(trainer, last)
         if (last or final) and self._speaks(trainer):
             self._log(trainer, pl_module)
 

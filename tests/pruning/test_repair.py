@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -85,10 +85,10 @@ FOLDED: dict[str, tuple[list[nn.Module], tuple[int, ...], set[str]]] = {
     "conv with stride and dilation": (
         [conv(3, 8, 1), nn.Sigmoid(), conv(8, 2, 2, stride=2, dilation=2)], IMAGE, {"2.bias"}),
     "conv without bias before a norm": (
-        [conv(3, 8, 3), nn.Sigmoid(), conv(8, 4, 2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 2, 1)],
+        [conv(3, 8, 3), nn.Sigmoid(), conv(8, 4, 2, bias=False), nn.BatchNorm2d(4), nn.Sigmoid(), conv(4, 2, 1)],
         IMAGE, {"3.running_mean"}),
     "conv behind a norm": (
-        [conv(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4, 1), nn.BatchNorm2d(4)], IMAGE, {"3.bias"}),
+        [conv(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Sigmoid(), conv(8, 4, 1), nn.BatchNorm2d(4)], IMAGE, {"3.bias"}),
     "replicate": ([conv(3, 8, 3), nn.Sigmoid(), conv(8, 2, 3, padding=1, padding_mode="replicate")], IMAGE, {"2.bias"}),
     "circular": ([conv(3, 8, 3), nn.Tanh(), conv(8, 2, 3, padding=1, padding_mode="circular")], IMAGE, {"2.bias"}),
     "reflect": (
@@ -233,13 +233,13 @@ def test_a_norm_that_two_layers_share_is_not_spoiled() -> None:
     """Its mean is that of both: a shift for the one would move the other."""
     layers = {"a": conv(3, 8, 1), "e": conv(3, 6, 1), "norm": nn.BatchNorm2d(4)}
     layers |= {"b": conv(8, 4, 1, bias=False), "c": conv(6, 4, 1, bias=False)}
-    run = lambda n, x: n.norm(n.b(n.a(x).sigmoid())) + n.norm(n.c(n.e(x).sigmoid())).tanh()  # noqa: E731
+    run = lambda n, x: torch.cat([n.norm(n.b(n.a(x).sigmoid())), n.norm(n.c(n.e(x).sigmoid()))], 1)  # noqa: E731
     model, x = build(lambda: Net(run, **layers)).eval(), inputs(IMAGE, 3)
     plant(model, "a", [2, 3])
-    dense = copy.deepcopy(model)
-    plan, _ = remove(model, x, {"a": [2, 3]})
-    (out,), (whole,), (masked,) = (forward(m, x) for m in (model, dense, masked_twin(dense, plan.kept)))
-    assert float((out - whole).norm()) <= float((masked - whole).norm()) * (1 + 1e-9)
+    (before,) = forward(model, x)
+    remove(model, x, {"a": [2, 3]})
+    (after,) = forward(model, x)
+    assert_close([after[:, 4:]], [before[:, 4:]])
 
 
 def test_a_layer_that_two_norms_follow_is_right_behind_both() -> None:
@@ -316,7 +316,7 @@ READERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "stride": (conv(3, 8, 1), conv(8, 2, 2, stride=2), IMAGE),
     "dilation": (conv(3, 8, 1), conv(8, 2, (2, 1), dilation=(2, 1)), IMAGE),
     "padding": (conv(3, 8, 1), conv(8, 2, 3, padding=(1, 2)), IMAGE),
-    "same": (conv(3, 8, 1), conv(8, 2, (3, 2), padding="same"), IMAGE),
+    "same": (conv(3, 8, 1), conv(8, 2, (3, 1), padding="same"), IMAGE),
     "everything": (conv(3, 8, 1), conv(8, 2, (3, 2), (2, 1), (2, 1), (2, 1)), IMAGE),
     "replicate": (conv(3, 8, 1), conv(8, 2, (3, 1), padding=(1, 0), padding_mode="replicate"), IMAGE),
     "reflect": (conv(3, 8, 1), conv(8, 2, (1, 3), padding=(0, 2), padding_mode="reflect"), IMAGE),
@@ -406,7 +406,10 @@ def test_every_layer_that_loses_inputs_is_solved_for() -> None:
 
 
 def test_layers_that_lose_nothing_are_left_alone() -> None:
-    model, x = build(sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))), inputs((4,), 9)
+    model, x = (
+        build(sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))),
+        inputs((4,), 9),
+    )
     dense = copy.deepcopy(model)
     assert set(remove(model, x, {"0": [5]}, "least_squares")[1]) == {"2.weight", "2.bias"}
     for ours, theirs in zip(model[4].parameters(), dense[4].parameters(), strict=True):
@@ -498,11 +501,9 @@ def test_noting_what_the_model_does_leaves_no_trace(compensate: str | None) -> N
 def test_changes_keep_the_optimizer_and_half_precision() -> None:
     model, x = build(sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))).bfloat16(), inputs((4,), 9).bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    weight = model[2].weight
     assert prune_neurons(model, x, 0.5, compensate="least_squares", optimizer=optimizer)
-    assert model[2].weight is weight
-    assert weight.dtype is torch.bfloat16
-    assert optimizer.param_groups[0]["params"][2] is weight
+    assert model[2].weight.dtype is model[2].bias.dtype is torch.bfloat16
+    assert optimizer.param_groups[0]["params"][2] is model[2].weight
 
 
 # Statistics
@@ -594,7 +595,9 @@ def test_layers_that_no_batch_reaches_keep_their_statistics() -> None:
 
 
 def test_a_layer_that_runs_twice_has_the_mean_of_both() -> None:
-    model = build(lambda: Net(lambda n, x: n.norm(n.a(x)) + n.norm(-2 * n.a(x)), a=nn.Linear(4, 6), norm=nn.BatchNorm1d(6)))
+    model = build(
+        lambda: Net(lambda n, x: n.norm(n.a(x)) + n.norm(-2 * n.a(x)), a=nn.Linear(4, 6), norm=nn.BatchNorm1d(6))
+    )
     x = inputs((4,), 5)
     recalibrate(model, [calls(x)])
     mean, variance = batch_statistics(model.a(x).detach())
@@ -621,6 +624,3 @@ def test_processes_have_one_mean() -> None:
     for i in (1, 5):
         torch.testing.assert_close(twin[i].running_mean, 3 * model[i].running_mean)
         torch.testing.assert_close(twin[i].running_var, 3 * model[i].running_var)
-
-
-Maker = Callable[[], nn.Module]

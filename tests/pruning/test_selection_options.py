@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ def mlp(*sizes: int) -> Callable[[], nn.Module]:
 
     def make() -> nn.Module:
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
         return nn.Sequential(*layers[:-1])
 
