@@ -8,19 +8,18 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
+from lightning_prune.callbacks._base import ConfigurationError, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
+from lightning_prune.callbacks._structure import StructureCallback
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import ModuleCall, install_patches
+from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
 from lightning_prune.pruning.neurons import check_prunable, check_round_to, remove_chosen
-from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import (
     BUDGETS,
     NEURON_SCOPES,
@@ -31,16 +30,12 @@ from lightning_prune.pruning.select import (
     pick,
     select_neurons,
 )
-from lightning_prune.pruning.surgery import fit_shapes
 from lightning_prune.report.run import batch_size
 
 __all__ = ["NeuronPruning"]
 
-METADATA = "lightning_prune"
-"""Where in a state dict's metadata the callback's state stands: a file of weights alone has nothing else."""
 
-
-class NeuronPruning(PruningCallback):
+class NeuronPruning(StructureCallback):
     """Removes the least important neurons while Lightning trains: the model gets smaller and faster.
 
     Everything that depends on a shape follows: neighbouring layers, norm statistics, gradients, optimizer
@@ -68,7 +63,7 @@ class NeuronPruning(PruningCallback):
         monitor: Validation metric that the table shows.
 
     Attributes:
-        plan_: What was kept of the dense model.
+        plan_: What was kept of the dense model, by this and other callbacks of the Trainer.
         groups_: The groups of the model as it is now (None before the first batch).
 
     Raises:
@@ -112,33 +107,12 @@ class NeuronPruning(PruningCallback):
         self.example_inputs = example_inputs
         self.exact_only = exact_only
         self.verify = verify
-        self.plan_ = Plan({}, {})
         self.groups_: Groups | None = None
         self._dense: Dense | None = None
         self._macs = 0.0
-        self._state_hooks: list[RemovableHandle] = []
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse processes whose model is lost; make a checkpoint of a pruned model fit before it is loaded."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and "MultiProcessing" in type(trainer.strategy.launcher).__name__:
-            raise ConfigurationError(
-                "NeuronPruning can't bring a smaller model back from forked or spawned processes; "
-                "start them with strategy='ddp'"
-            )
-        # Functions, not methods: a copy of the module must not copy this callback.
-        self._state_hooks = [
-            pl_module._register_state_dict_hook(lambda *args: self._describe(*args)),
-            pl_module._register_load_state_dict_pre_hook(lambda *args: self._reshape(*args), with_module=True),
-        ]
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
-        if any(isinstance(other, NeuronPruning) and other is not self for other in trainer.callbacks):
-            raise ConfigurationError("only one NeuronPruning callback can be in the Trainer's callbacks")
-        if not _made_by(self.plan_, pl_module):
-            self.amount_, self._part = 0.0, 0.0
-            self.plan_, self._dense = Plan({}, {}), None  # nothing gone yet, or another model
-        install_patches(pl_module, self.plan_.patches)
+        super()._start(trainer, pl_module)
         self.groups_ = None
         inputs = self.example_inputs
         if inputs is None:
@@ -147,6 +121,16 @@ class NeuronPruning(PruningCallback):
             inputs = trainer.precision_plugin.convert_input(inputs)
             calls = tuple(_to_device(call, pl_module.device) for call in as_calls(inputs))
             self._take(traced(pl_module, calls))
+
+    def _anew(self) -> None:
+        self._dense = None
+
+    def _outdated(self, macs: float) -> None:
+        self.groups_ = None  # the next batch is traced again
+        self._macs *= macs
+
+    def _look_again(self, trainer: Any) -> bool:
+        return self.groups_ is None
 
     def _take(self, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
@@ -220,6 +204,8 @@ class NeuronPruning(PruningCallback):
         return tuple(trace.calls)
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
+        if self.groups_ is None and self._calls is not None:
+            return  # no batch has run the model since another callback changed it
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
 
@@ -242,17 +228,10 @@ class NeuronPruning(PruningCallback):
         self.groups_ = groups.without(alive) if plan else groups
         if not plan:
             return
-        self._macs = self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
-        self.plan_ = self.plan_.then(plan)
-        for copy in averaged_copies(trainer):
-            plan.apply(copy)
-        strategy = trainer.strategy
-        if hasattr(strategy, "configure_ddp"):  # DDP's buckets hold the old parameters
-            strategy.model = pl_module
-            strategy.configure_ddp()
+        before, self._macs = self._macs, self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
         for callback in pruning_callbacks(trainer):
             callback._calls = self._calls  # they tell which calls keep their input's shape
-            callback._follow_removal(trainer, pl_module, plan)
+        self._changed(trainer, pl_module, plan, self._macs / before if before else 1.0)
 
     def _traced_macs(self) -> tuple[int, int] | None:
         if self.groups_ is None or self._dense is None:
@@ -260,52 +239,16 @@ class NeuronPruning(PruningCallback):
         size = batch_size(self.groups_.calls)
         return round(self._dense.macs / size), round(self._macs / size)
 
-    def _plan(self) -> Plan:
-        return self.plan_
-
-    def _has_effect(self) -> bool:
-        return bool(self.plan_)
-
-    def _release(self) -> None:
-        for hook in self._state_hooks:
-            hook.remove()
-        self._state_hooks = []
-
     def state_dict(self) -> dict[str, Any]:
         """The plan and what the amount is a fraction of, as plain data."""
         dense = None if self._dense is None else asdict(self._dense)
-        return {"amount": self.amount_, "plan": self.plan_.to_dict(), "dense": dense, "macs": self._macs}
+        return {**super().state_dict(), "dense": dense, "macs": self._macs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
-        self.amount_ = state_dict["amount"]
-        self._part = self.amount_ / self.amount if self.amount else 0.0
-        self.plan_ = Plan.from_dict(state_dict["plan"])
+        super().load_state_dict(state_dict)
         self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
         self._macs = state_dict["macs"]
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Describe the state dict of a checkpoint that is saved after ``fit`` too."""
-        metadata = getattr(checkpoint["state_dict"], "_metadata", {})
-        metadata.setdefault("", {})[METADATA] = self.state_dict()
-
-    def _describe(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
-        metadata[METADATA] = self.state_dict()
-
-    def _reshape(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
-        """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger."""
-        plan = Plan.from_dict(metadata[METADATA]["plan"]) if METADATA in metadata else Plan({}, {})
-        if not _made_by(plan, module):
-            made = _made_by(self.plan_, module)
-            dense = {**_shapes(module), **(self.plan_.shapes if made else {})}
-            if METADATA not in metadata or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
-                loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-                fit_shapes(module, {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)})
-                return
-            if made:
-                self.plan_.take_back(module)
-            plan.apply(module)
-        self.load_state_dict(metadata[METADATA])
 
 
 def _to_device(call: ModuleCall, device: torch.device) -> ModuleCall:
@@ -314,16 +257,3 @@ def _to_device(call: ModuleCall, device: torch.device) -> ModuleCall:
 
     tree_map = torch.utils._pytree.tree_map
     return ModuleCall(call.path, tree_map(move, call.args), tree_map(move, call.kwargs))
-
-
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in named_tensors(module).items()}
-
-
-def _made_by(plan: Plan, module: nn.Module) -> bool:
-    """Whether the module has the architecture that a plan leads to."""
-    shapes = _shapes(module)
-    return bool(plan) and all(
-        shapes.get(name) == [len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[name])]
-        for name, dims in plan.kept.items()
-    )

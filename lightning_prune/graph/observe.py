@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_prune.graph.callsites import in_backward
 from lightning_prune.graph.trace import FLOP_FORMULAS
 
-__all__ = ["Observer", "Use"]
+__all__ = ["Observer", "Use", "rescaled"]
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Use:
     Attributes:
         calls: How often it was called.
         macs: MACs of its forward, its children's included.
+        own: Those that no other module was running for.
         argument: Name of its input where that came by keyword.
         outputs: 0: it gave a tensor; n: a tuple of a tensor and n - 1 times None.
         extra: Whether anything came along with its input.
@@ -33,7 +34,8 @@ class Use:
     """
 
     calls: int = 0
-    macs: int = 0
+    macs: float = 0
+    own: float = 0
     argument: str | None = None
     outputs: int = 0
     extra: bool = False
@@ -129,7 +131,7 @@ class Observer:
         reason = _unlike(call, given)
         use.reason = use.reason or reason
         if measured and use.reason is None and call.input is not None and not call.input.is_meta:
-            with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
+            with torch.no_grad(), _unseen():
                 before, after = call.input.detach(), given.detach()
                 precise = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
                 before = before.to(precise)
@@ -142,6 +144,14 @@ class Observer:
             self.macs += macs
             for path in {call.path for call in self._running}:
                 self.uses[path].macs += macs
+            self.uses[self._running[-1].path].own += macs
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """What is calculated inside is no part of the model: a tracer that watches too must not follow it."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 def _unlike(call: _Running, given: Any) -> str | None:
@@ -159,6 +169,24 @@ def _unlike(call: _Running, given: Any) -> str | None:
     if call.version >= 0 and call.input._version != call.version:
         return "writes into its input"
     return None
+
+
+def rescaled(uses: Mapping[str, Use], shares: Mapping[str, float]) -> dict[str, Use]:
+    """What a run would tell of modules after they have shrunk: what a layer multiplies goes with its parameters.
+
+    Args:
+        uses: What the run told before.
+        shares: By path, the part of its own parameters that each module has left; others have not changed.
+    """
+    own = {path: use.own * shares.get(path, 1.0) for path, use in uses.items()}
+    totals = dict.fromkeys(uses, 0.0)
+    for path, macs in own.items():
+        parts = path.split(".") if path else []
+        for end in range(len(parts) + 1):
+            above = ".".join(parts[:end])
+            if above in totals:
+                totals[above] += macs
+    return {path: replace(use, own=own[path], macs=totals[path]) for path, use in uses.items()}
 
 
 class _MacCounter(TorchDispatchMode):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_prune.errors import PruningError
+from lightning_prune.pruning.select import matching
 
-__all__ = ["COSTS", "Budget"]
+__all__ = ["COSTS", "Budget", "among", "listed"]
 
 COSTS = ("params", "macs")
 """What kernels and layers can be a fraction of."""
@@ -59,3 +60,24 @@ def listed(reasons: Mapping[str, str]) -> str:
     lines = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:20]]
     more = [f"  … and {len(reasons) - 20} more"] if len(reasons) > 20 else []
     return "\n".join(["; what stays:", *lines, *more])
+
+
+def among(
+    names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None, *, strict: bool
+) -> set[str]:
+    """The names that the patterns choose; unless ``strict``, one may match nothing, for what it named may be gone.
+
+    Raises:
+        PruningError: ``strict``, and a pattern matches nothing.
+    """
+
+    def hits(pattern: str) -> bool:
+        try:
+            return bool(matching(names, [pattern], None))
+        except PruningError:
+            return False
+
+    if not strict:
+        include = None if include is None else list(filter(hits, include))
+        exclude = None if exclude is None else list(filter(hits, exclude))
+    return matching(names, include, exclude)

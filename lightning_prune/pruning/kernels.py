@@ -19,10 +19,10 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, named_tensors, run_calls, undisturbed
 from lightning_prune.graph.verify import MaskedModel
-from lightning_prune.pruning.budget import COSTS, Budget
+from lightning_prune.pruning.budget import COSTS, Budget, among, listed
 from lightning_prune.pruning.neurons import _as_optimizers, warn_no_effect
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import check_amount, check_choice, globs, matching
+from lightning_prune.pruning.select import check_amount, check_choice, globs
 from lightning_prune.pruning.surgery import Change, shrink
 from lightning_prune.pruning.transaction import checked, settle
 
@@ -152,6 +152,8 @@ def find_kernels(
     of: str,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    *,
+    strict: bool = True,
 ) -> Kernels:
     """The convolutions of a model whose kernels may shrink, and why the others may not.
 
@@ -161,6 +163,7 @@ def find_kernels(
         of: What they cost: ``"params"`` or ``"macs"``.
         include: Globs on module names (None: all).
         exclude: Globs on module names.
+        strict: Refuse patterns that match nothing.
 
     Raises:
         PruningError: No convolution may shrink, or a pattern matches none.
@@ -183,10 +186,11 @@ def find_kernels(
         else:
             frozen[path] = reason
     if not found:
-        listed = "".join(f"\n  {path or 'the model itself'}: {reason}" for path, reason in frozen.items())
-        raise PruningError(f"no kernel of this model can shrink{listed or ': it has no convolution'}")
-    chosen = matching(list(found), include, exclude)
-    frozen |= {path: "excluded" for path in found if path not in chosen}
+        raise PruningError(f"no kernel of this model can shrink{listed(frozen) or ': it has no convolution'}")
+    chosen = among([*found, *frozen], include, exclude, strict=strict)
+    if not chosen & found.keys():
+        raise PruningError(f"nothing that include and exclude leave over can shrink{listed(frozen)}")
+    frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     weights = {path: weight for path, weight in found.items() if path in chosen}
     costs = {path: float(uses[path].macs if of == "macs" else weight.numel()) for path, weight in weights.items()}
     return Kernels(weights, rings, costs, frozen)

@@ -17,11 +17,11 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, run_calls, undisturbed
-from lightning_prune.pruning.budget import COSTS, Budget
+from lightning_prune.pruning.budget import COSTS, Budget, among, listed
 from lightning_prune.pruning.neurons import _as_optimizers, warn_no_effect
 from lightning_prune.pruning.passing import Form, inside, remove_modules, skeletons_of
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import check_amount, check_choice, globs, matching
+from lightning_prune.pruning.select import check_amount, check_choice, globs
 from lightning_prune.pruning.surgery import Change
 from lightning_prune.pruning.transaction import checked, settle
 
@@ -97,7 +97,7 @@ def remove_layers(
             run_calls(model, calls)
         seed = torch.initial_seed()
         layers = find_layers(
-            model, observer.uses, of, criterion, globs("include", include), globs("exclude", exclude), seed
+            model, observer.uses, of, criterion, globs("include", include), globs("exclude", exclude), seed=seed
         )
         now = observer.macs if of == "macs" else sum(p.numel() for p in model.parameters())
         budget = Budget(of, now, now)
@@ -138,6 +138,11 @@ class Layers:
         left = {path: score for path, score in self.scores.items() if path not in refused}
         return Layers(left, self.forms, self.costs, {**self.frozen, **refused})
 
+    def dominated(self, path: str) -> bool:
+        """Whether a layer is inside another that changes its input no more than it does."""
+        score = self.scores[path]
+        return any(inside(path, [other]) for other, own in self.scores.items() if other != path and own <= score)
+
     def saved(self, paths: Collection[str]) -> float:
         """What is no longer spent without some layers; one inside another goes with it."""
         return sum(self.costs[path] for path in outermost(paths))
@@ -155,7 +160,9 @@ def find_layers(
     criterion: str,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    *,
     seed: int = 0,
+    strict: bool = True,
 ) -> Layers:
     """The layers of a model that may go, and why other modules may not.
 
@@ -167,6 +174,7 @@ def find_layers(
         include: Globs on module names (None: all).
         exclude: Globs on module names.
         seed: For the criterion that draws random numbers.
+        strict: Refuse patterns that match nothing.
 
     Raises:
         PruningError: No layer may go, or a pattern matches none.
@@ -186,10 +194,11 @@ def find_layers(
         else:
             frozen[path] = reason
     if not found:
-        listed = "".join(f"\n  {path}: {reason}" for path, reason in frozen.items())
-        raise PruningError(f"no layer of this model can be removed{listed or ': it has no parameters'}")
-    chosen = matching(list(found), include, exclude)
-    frozen |= {path: "excluded" for path in found if path not in chosen}
+        raise PruningError(f"no layer of this model can be removed{listed(frozen) or ': it has no layers'}")
+    chosen = among([*found, *frozen], include, exclude, strict=strict)
+    if not chosen & found.keys():
+        raise PruningError(f"nothing that include and exclude leave over can go{listed(frozen)}")
+    frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     params = {path: sum(p.numel() for p in found[path].parameters()) for path in found if path in chosen}
     return Layers(
         scores={path: LAYER_CRITERIA[criterion](path, uses[path], seed) for path in params},
@@ -238,7 +247,9 @@ def choose_layers(layers: Layers, budget: Budget, amount: float, *, on_the_way: 
     """
     needed = budget.needed(amount)
     budget.check(amount, layers.saved(list(layers.scores)), "every layer gone that can go", layers.frozen)
-    order = sorted(layers.scores, key=lambda path: layers.scores[path])
+    # What stands in a block that changes less as a whole doesn't go before it.
+    order = [path for path in layers.scores if not layers.dominated(path)]
+    order.sort(key=lambda path: layers.scores[path])
     chosen: list[str] = []
     while layers.saved(chosen) < needed:
         chosen.append(order[len(chosen)])

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import PruningError, SurgeryError
 from lightning_prune.pruning.surgery import Change, forget
 
-__all__ = ["Form", "PassThrough", "inside", "passes", "put_back", "remove_modules", "skeletons_of"]
+__all__ = ["Form", "PassThrough", "inside", "passes", "passing_layers", "put_back", "remove_modules", "skeletons_of"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,15 @@ def passes(model: nn.Module, path: str) -> bool:
     except PruningError:
         return False
     return isinstance(registry[name], nn.Identity)
+
+
+def passing_layers(model: nn.Module) -> dict[str, Form]:
+    """The modules of a model that only pass their input on, and how they are called."""
+    found = {path: module for path, module in model.named_modules() if path and isinstance(module, nn.Identity)}
+    return {
+        path: Form(module.argument, module.outputs, extra=True) if isinstance(module, PassThrough) else Form()
+        for path, module in found.items()
+    }
 
 
 def remove_modules(model: nn.Module, forms: Mapping[str, Form], optimizers: Iterable[Optimizer] = ()) -> Change:
