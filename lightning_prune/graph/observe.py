@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +28,7 @@ class Use:
         argument: Name of its input where that came by keyword.
         outputs: 0: it gave a tensor; n: a tuple of a tensor and n - 1 times None.
         extra: Whether anything came along with its input.
+        residual: Whether its forward has added something to its input.
         reason: Why it can't be left out, where it gave something else than a tensor like its input.
         difference: L1 norm of output minus input, over all calls.
         size: L1 norm of the input, over all calls.
@@ -39,6 +40,7 @@ class Use:
     argument: str | None = None
     outputs: int = 0
     extra: bool = False
+    residual: bool = False
     reason: str | None = None
     difference: Tensor | float = 0.0
     size: Tensor | float = 0.0
@@ -96,7 +98,7 @@ class Observer:
         hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
         hooks += [module.register_forward_hook(leave, always_call=True) for module in modules]
         try:
-            with _MacCounter(self):
+            with _Operations(self):
                 yield self
         finally:
             for hook in hooks:
@@ -146,6 +148,12 @@ class Observer:
                 self.uses[path].macs += macs
             self.uses[self._running[-1].path].own += macs
 
+    def note_sum(self, terms: Sequence[Any]) -> None:
+        """A sum of the innermost running module's input and something else makes it a residual block."""
+        given = self._running[-1].input if self._running else None
+        if given is not None and any(_same(term, given) for term in terms):
+            self.uses[self._running[-1].path].residual = True
+
 
 @contextmanager
 def _unseen() -> Iterator[None]:
@@ -171,6 +179,14 @@ def _unlike(call: _Running, given: Any) -> str | None:
     return None
 
 
+def _same(term: Any, tensor: Tensor) -> bool:
+    if term is tensor:
+        return True
+    if not isinstance(term, Tensor) or term.shape != tensor.shape or term.is_meta or tensor.is_meta:
+        return False
+    return term.device == tensor.device and term.data_ptr() == tensor.data_ptr()
+
+
 def rescaled(uses: Mapping[str, Use], shares: Mapping[str, float]) -> dict[str, Use]:
     """What a run would tell of modules after they have shrunk: what a layer multiplies goes with its parameters.
 
@@ -189,8 +205,11 @@ def rescaled(uses: Mapping[str, Use], shares: Mapping[str, float]) -> dict[str, 
     return {path: replace(use, own=own[path], macs=totals[path]) for path, use in uses.items()}
 
 
-class _MacCounter(TorchDispatchMode):
-    """Tells an observer of each multiplication in a forward."""
+_SUMS = (torch.ops.aten.add, torch.ops.aten.add_)
+
+
+class _Operations(TorchDispatchMode):
+    """Tells an observer of each multiplication in a forward, and of sums."""
 
     def __init__(self, observer: Observer) -> None:
         TorchDispatchMode.__init__(self)
@@ -206,6 +225,8 @@ class _MacCounter(TorchDispatchMode):
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
+        if func._overloadpacket in _SUMS and not in_backward():
+            self.observer.note_sum(args[:2])
         out = func(*args, **kwargs)
         if formula is not None and not in_backward():
             self.observer.count(int(formula(*args, **kwargs, out_val=out)) // 2)

@@ -125,23 +125,26 @@ class Layers:
         scores: How much each changes its input, by module path; higher means keep.
         forms: How each is called.
         costs: What each costs now, in parameters or MACs, with everything inside it.
+        residual: Those that add something to their input.
         frozen: Other modules with parameters -> why they stay.
     """
 
     scores: dict[str, float]
     forms: dict[str, Form]
     costs: dict[str, float]
+    residual: frozenset[str]
     frozen: dict[str, str]
 
     def without(self, refused: Mapping[str, str]) -> Layers:
         """Some turn out to be needed."""
         left = {path: score for path, score in self.scores.items() if path not in refused}
-        return Layers(left, self.forms, self.costs, {**self.frozen, **refused})
+        return Layers(left, self.forms, self.costs, self.residual, {**self.frozen, **refused})
 
-    def dominated(self, path: str) -> bool:
-        """Whether a layer is inside another that changes its input no more than it does."""
-        score = self.scores[path]
-        return any(inside(path, [other]) for other, own in self.scores.items() if other != path and own <= score)
+    def goes_with(self, path: str) -> bool:
+        """Whether a layer is to go with one around it only: a residual block, or one that changes no more than it."""
+        around = [other for other in self.scores if path != other and inside(path, [other])]
+        own = path in self.residual
+        return any((other in self.residual and not own) or self.scores[other] <= self.scores[path] for other in around)
 
     def saved(self, paths: Collection[str]) -> float:
         """What is no longer spent without some layers; one inside another goes with it."""
@@ -204,6 +207,7 @@ def find_layers(
         scores={path: LAYER_CRITERIA[criterion](path, uses[path], seed) for path in params},
         forms={path: Form(uses[path].argument, uses[path].outputs, uses[path].extra) for path in params},
         costs={path: float(uses[path].macs if of == "macs" else count) for path, count in params.items()},
+        residual=frozenset(path for path in params if uses[path].residual),
         frozen=frozen,
     )
 
@@ -247,8 +251,7 @@ def choose_layers(layers: Layers, budget: Budget, amount: float, *, on_the_way: 
     """
     needed = budget.needed(amount)
     budget.check(amount, layers.saved(list(layers.scores)), "every layer gone that can go", layers.frozen)
-    # What stands in a block that changes less as a whole doesn't go before it.
-    order = [path for path in layers.scores if not layers.dominated(path)]
+    order = [path for path in layers.scores if not layers.goes_with(path)]
     order.sort(key=lambda path: layers.scores[path])
     chosen: list[str] = []
     while layers.saved(chosen) < needed:
