@@ -155,10 +155,6 @@ class PruningCallback(Callback):
         """Whether anything has been pruned so far."""
         raise NotImplementedError
 
-    def _why_not(self) -> str:
-        """Why nothing was pruned although training has come to its end."""
-        return "rounds to nothing at all"
-
     def preview(self, epochs: int = 100) -> list[float]:
         """The fraction that is gone at the end of each epoch of a training of so many.
 
@@ -240,7 +236,8 @@ class PruningCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
-        self._end_watch(trainer, pl_module)
+        for callback in pruning_callbacks(trainer):  # before any of them changes what they have seen
+            callback._end_watch(trainer, pl_module)
         ends = self._prune_if_due(trainer, pl_module, batch_idx)
         self._settle(trainer, pl_module)
         if ends and self._speaks(trainer):
@@ -325,7 +322,9 @@ class PruningCallback(Callback):
                 category=NoEffectWarning,
             )
         elif not self._has_effect():
-            rank_zero_warn(f"{type(self).__name__}: amount={self.amount:g} {self._why_not()}", category=NoEffectWarning)
+            rank_zero_warn(
+                f"{type(self).__name__}: amount={self.amount:g} rounds to nothing at all", category=NoEffectWarning
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""

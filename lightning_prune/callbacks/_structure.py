@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
-from lightning_prune.errors import PruningError
+from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.observe import Observer, Use, rescaled
-from lightning_prune.pruning.budget import Budget
+from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.pruning.budget import Budget, listed
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.schedules import Schedule
 from lightning_prune.pruning.surgery import fit_shapes
@@ -64,7 +67,7 @@ class StructureCallback(PruningCallback):
     def _anew(self) -> None:
         """Forget what was measured of a model that isn't this one."""
 
-    def _outdated(self, macs: float) -> None:
+    def _outdated(self, plan: Plan, macs: float) -> None:
         """Another callback has changed the architecture; ``macs`` is the part of the MACs that is left."""
 
     # -- setup ----------------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ class StructureCallback(PruningCallback):
         for callback in structure_callbacks(trainer):
             callback.plan_, callback._macs_left = total, left
             if callback is not self:
-                callback._outdated(macs)
+                callback._outdated(plan, macs)
         for other in pruning_callbacks(trainer):
             other._follow_removal(trainer, pl_module, plan)
 
@@ -190,7 +193,8 @@ class StructureCallback(PruningCallback):
         described = metadata.get(METADATA, {})
         plan = Plan.from_dict(described["plan"]) if described else Plan({}, {})
         now = next((c.plan_ for c in structure_callbacks(trainer) if c.plan_.made(module)), Plan({}, {}))
-        if not plan.made(module):
+        # A model that has lost more fits a smaller plan too.
+        if plan != now if now else not plan.made(module):
             dense = now.dense_shapes(module)
             if not described or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
                 loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
@@ -238,13 +242,15 @@ class ObservingCallback(StructureCallback):
         super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
         self.of = of
         self.verify = verify
-        self._params: int | None = None
         self._observed: Observer | None = None
         self._at_observation = 1.0
-        self._whole_macs = 1.0
+        self._own_left = 1.0
+        self.frozen_: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
+        self._lost_neurons = False
         self._wanted: float | None = None
         self._met = False
+        self._said = False
 
     # -- what a subclass does -------------------------------------------------------------------------------
 
@@ -264,13 +270,11 @@ class ObservingCallback(StructureCallback):
     # -- observing ------------------------------------------------------------------------------------------
 
     def _anew(self) -> None:
-        self._params = None
+        self._own_left = 1.0
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         super()._start(trainer, pl_module)
-        self._observed, self._wanted, self._met = None, None, False
-        if self._params is None:  # what others have removed in an earlier fit is no part of the whole
-            self._params, self._whole_macs = sum(p.numel() for p in pl_module.parameters()), self._macs_left
+        self._observed, self._wanted, self._met, self._said = None, None, False, False
 
     def _look_again(self, trainer: Any) -> bool:
         due = trainer.is_last_batch or trainer.max_steps != -1 or self.every != "epoch"
@@ -295,16 +299,20 @@ class ObservingCallback(StructureCallback):
                 self._check(pl_module, observer.uses, budget)
             except PruningError as error:
                 raise ConfigurationError(f"{type(self).__name__}: {error}") from None
+        self._lost_neurons = False
         return calls
 
+    def _outdated(self, plan: Plan, macs: float) -> None:
+        # Kernels and layers that go leave all shapes as they are, neurons don't.
+        self._lost_neurons = self._lost_neurons or any(dim < 2 for dims in plan.kept.values() for dim in dims)
+
     def _budget(self, pl_module: Any) -> Budget:
-        """What is left of the whole; MACs are those of the observed batch."""
+        """What is left, and what there would be without this callback; MACs are those of the observed batch."""
         assert self._observed is not None
-        assert self._params is not None
-        if self.of == "params":
-            return Budget(self.of, self._params, sum(p.numel() for p in pl_module.parameters()))
-        now = self._observed.macs * self._macs_left / self._at_observation
-        return Budget(self.of, now * self._whole_macs / self._macs_left, now)
+        now: float = sum(p.numel() for p in pl_module.parameters())
+        if self.of == "macs":
+            now = self._observed.macs * self._macs_left / self._at_observation
+        return Budget(self.of, now / self._own_left, now)
 
     # -- acting ---------------------------------------------------------------------------------------------
 
@@ -324,30 +332,51 @@ class ObservingCallback(StructureCallback):
             sizes = _own_sizes(pl_module)
             shares = {path: size / self._sizes[path] for path, size in sizes.items() if self._sizes.get(path)}
             uses = rescaled({path: use for path, use in observed.uses.items() if path in sizes}, shares)
+            if self._lost_neurons:
+                uses = self._seen_again(pl_module, uses)
+            params = sum(p.numel() for p in pl_module.parameters())
             plan, saved = self._change(trainer, pl_module, uses, amount, budget)
-            macs = observed.macs * self._macs_left / self._at_observation
             if plan:
-                left = 1 - saved / macs if macs else 1.0
-                self._changed(trainer, pl_module, plan, float(trainer.strategy.broadcast(left)))
+                macs = observed.macs * self._macs_left / self._at_observation
+                left = float(trainer.strategy.broadcast(1 - saved / macs if macs else 1.0))
+                self._own_left *= left if self.of == "macs" else sum(p.numel() for p in pl_module.parameters()) / params
+                self._changed(trainer, pl_module, plan, left)
+            if amount >= self.amount and self._budget(pl_module).needed(amount) > 0:
+                self._said = True
+                rank_zero_warn(
+                    f"{type(self).__name__}: {1 - self._own_left:.3g} of amount={self.amount:g} of the {self.of} could "
+                    f"be reached, nothing else can go{listed(self.frozen_)}",
+                    category=NoEffectWarning,
+                )
         self._met = amount >= self.amount
+
+    def _has_effect(self) -> bool:
+        return self._acted or self._said
+
+    def _seen_again(self, pl_module: Any, uses: Mapping[str, Use]) -> dict[str, Use]:
+        """What is known of modules that have lost neurons since: whether their outputs are still like their inputs."""
+        again = Observer(pl_module)
+        with undisturbed(pl_module), again.watch():
+            pl_module.eval()
+            for call in self._calls or ():
+                if call.repeatable:
+                    with suppress(Exception):  # what can't be run again is left alone
+                        run_calls(pl_module, [call])
+        unknown = Use(reason="has lost neurons, and could not be run again")
+        return {path: replace(use, reason=again.uses.get(path, unknown).reason) for path, use in uses.items()}
 
     def _repeatable(self) -> list[ModuleCall] | None:
         """The calls to check a change with; None where it isn't to be checked."""
         return [call for call in self._calls or () if call.repeatable] if self.verify else None
 
-    def _why_not(self) -> str:
-        if self._observed is None or self.amount == 0:
-            return super()._why_not()
-        return f"of the {self.of} was gone already when its turn came: other callbacks have removed that much"
-
     def state_dict(self) -> dict[str, Any]:
         """The plan and what the amount is a fraction of, as plain data."""
-        return {**super().state_dict(), "params": self._params, "whole_macs": self._whole_macs}
+        return {**super().state_dict(), "own_left": self._own_left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
         super().load_state_dict(state_dict)
-        self._params, self._whole_macs = state_dict["params"], state_dict["whole_macs"]
+        self._own_left = state_dict["own_left"]
 
 
 def _own_sizes(module: nn.Module) -> dict[str, int]:

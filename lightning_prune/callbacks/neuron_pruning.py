@@ -20,6 +20,7 @@ from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.pruning.criteria import NEURON_CRITERIA, get_criterion
 from lightning_prune.pruning.neurons import check_prunable, check_round_to, remove_chosen
+from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import (
     BUDGETS,
     NEURON_SCOPES,
@@ -125,7 +126,7 @@ class NeuronPruning(StructureCallback):
     def _anew(self) -> None:
         self._dense = None
 
-    def _outdated(self, macs: float) -> None:
+    def _outdated(self, plan: Plan, macs: float) -> None:
         self.groups_ = None  # the next batch is traced again
         self._macs *= macs
 

@@ -34,6 +34,10 @@ class Budget:
         """The fraction of the whole that is gone already, whoever removed it."""
         return 1 - self.now / self.whole if self.whole else 0.0
 
+    def within(self, amount: float, can_go: float) -> float:
+        """How much more must go, or what can if that is less."""
+        return min(self.needed(amount), can_go * (1 - 1e-9))
+
     def needed(self, amount: float) -> float:
         """How much more must go until ``amount`` of the whole is gone; zero or less: nothing."""
         return self.now - self.whole * (1 - amount) * (1 + 1e-9)
@@ -78,6 +82,8 @@ def among(
             return False
 
     if not strict:
+        if not names:
+            return set()
         include = None if include is None else list(filter(hits, include))
         exclude = None if exclude is None else list(filter(hits, exclude))
     return matching(names, include, exclude)

@@ -163,10 +163,10 @@ def find_kernels(
         of: What they cost: ``"params"`` or ``"macs"``.
         include: Globs on module names (None: all).
         exclude: Globs on module names.
-        strict: Refuse patterns that match nothing.
+        strict: Refuse patterns that match nothing, and models with nothing that may shrink.
 
     Raises:
-        PruningError: No convolution may shrink, or a pattern matches none.
+        PruningError: ``strict``, and no convolution may shrink, or a pattern matches none.
     """
     holders = Counter(
         id(parameter)
@@ -185,10 +185,10 @@ def find_kernels(
             found[path], rings[path] = module.weight.detach(), exact_rings(module)
         else:
             frozen[path] = reason
-    if not found:
+    if strict and not found:
         raise PruningError(f"no kernel of this model can shrink{listed(frozen) or ': it has no convolution'}")
     chosen = among([*found, *frozen], include, exclude, strict=strict)
-    if not chosen & found.keys():
+    if strict and not chosen & found.keys():
         raise PruningError(f"nothing that include and exclude leave over can shrink{listed(frozen)}")
     frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     weights = {path: weight for path, weight in found.items() if path in chosen}
@@ -235,7 +235,7 @@ def exact_rings(module: _ConvNd) -> int:
 
 
 def choose_rings(
-    kernels: Kernels, budget: Budget, amount: float, criterion: str, *, on_the_way: bool = False
+    kernels: Kernels, budget: Budget, amount: float, criterion: str, *, on_the_way: bool = False, strict: bool = True
 ) -> dict[str, int]:
     """Choose how many rings each convolution loses, the least important first.
 
@@ -245,13 +245,15 @@ def choose_rings(
         amount: Fraction of the whole that is to be gone, at or just past it.
         criterion: A name in ``RING_NORMS``.
         on_the_way: A later step will remove more: stay just short of the budget, for what is gone can't come back.
+        strict: Refuse a budget that can't be reached; otherwise all that can go goes.
 
     Raises:
-        PruningError: The budget can't be reached; the message says what can.
+        PruningError: ``strict``, and the budget can't be reached; the message says what can.
     """
     everything = sum(kernels.saved(path, kernels.rings[path]) for path in kernels.weights)
-    budget.check(amount, everything, "every kernel as small as it can be", kernels.frozen)
-    needed = budget.needed(amount)
+    if strict:
+        budget.check(amount, everything, "every kernel as small as it can be", kernels.frozen)
+    needed = budget.within(amount, everything)
     taken = dict.fromkeys(kernels.weights, 0)
     order: list[str] = []
     prices = {path: _prices(kernels, path, criterion) for path in kernels.weights}

@@ -177,10 +177,10 @@ def find_layers(
         include: Globs on module names (None: all).
         exclude: Globs on module names.
         seed: For the criterion that draws random numbers.
-        strict: Refuse patterns that match nothing.
+        strict: Refuse patterns that match nothing, and models with nothing that may go.
 
     Raises:
-        PruningError: No layer may go, or a pattern matches none.
+        PruningError: ``strict``, and no layer may go, or a pattern matches none.
     """
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     holders: Counter[int] = Counter()
@@ -196,10 +196,10 @@ def find_layers(
             found[path] = module
         else:
             frozen[path] = reason
-    if not found:
+    if strict and not found:
         raise PruningError(f"no layer of this model can be removed{listed(frozen) or ': it has no layers'}")
     chosen = among([*found, *frozen], include, exclude, strict=strict)
-    if not chosen & found.keys():
+    if strict and not chosen & found.keys():
         raise PruningError(f"nothing that include and exclude leave over can go{listed(frozen)}")
     frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     params = {path: sum(p.numel() for p in found[path].parameters()) for path in found if path in chosen}
@@ -234,7 +234,9 @@ def _reason(
     return None
 
 
-def choose_layers(layers: Layers, budget: Budget, amount: float, *, on_the_way: bool = False) -> list[str]:
+def choose_layers(
+    layers: Layers, budget: Budget, amount: float, *, on_the_way: bool = False, strict: bool = True
+) -> list[str]:
     """Choose which layers go, those that change their input least first.
 
     Args:
@@ -242,15 +244,18 @@ def choose_layers(layers: Layers, budget: Budget, amount: float, *, on_the_way: 
         budget: What there was and what there is.
         amount: Fraction of the whole that is to be gone, at or just past it.
         on_the_way: A later step will remove more: stay just short of the budget, for what is gone can't come back.
+        strict: Refuse a budget that can't be reached; otherwise all that can go goes.
 
     Returns:
         Paths of modules, none inside another.
 
     Raises:
-        PruningError: The budget can't be reached; the message says what can.
+        PruningError: ``strict``, and the budget can't be reached; the message says what can.
     """
-    needed = budget.needed(amount)
-    budget.check(amount, layers.saved(list(layers.scores)), "every layer gone that can go", layers.frozen)
+    everything = layers.saved(list(layers.scores))
+    if strict:
+        budget.check(amount, everything, "every layer gone that can go", layers.frozen)
+    needed = budget.within(amount, everything)
     order = [path for path in layers.scores if not layers.goes_with(path)]
     order.sort(key=lambda path: layers.scores[path])
     chosen: list[str] = []
