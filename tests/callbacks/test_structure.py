@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ddp_cases import run_script
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import (
@@ -590,3 +591,40 @@ def test_macs_and_params_are_logged_and_reported(capsys: pytest.CaptureFixture[s
     assert (report["parameters"].dense, report["parameters"].pruned) == (dense.params, pruned.params)
     assert (report["MACs (batch 1)"].dense, report["MACs (batch 1)"].pruned) == (dense.macs, pruned.macs)
     assert str(report) in capsys.readouterr().out
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+DDP = {
+    "kernels": lambda: [kernels(0.4)],
+    "layers": lambda: [layers(0.3, of="macs")],
+    "all": lambda: [layers(0.3, of="macs"), neurons(0.5, of="params"), kernels(0.4), weights(0.3)],
+}
+
+RANKS = """
+    import sys, warnings, torch
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, {tests!r})
+    from callbacks.test_structure import *
+    torch.set_num_threads(1)
+    for name, make in DDP.items():
+        ours, module = make(), seeded(lambda: images(batch_size=8, batches=4))
+        trainer = fit(module, *ours, strategy="ddp", devices=2, precision="64-true", max_epochs=4)
+        states = [callback.state_dict() for callback in ours]
+        torch.save((snapshot(module), optimizer_states(trainer), states), f"{folder}/{{name}}-{{trainer.global_rank}}.pt")
+"""
+
+
+def test_processes_agree_and_do_what_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(textwrap.dedent(RANKS).format(tests=str(Path(__file__).parent.parent), folder=str(tmp_path)))
+    done = run_script(script)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for name, make in DDP.items():
+        first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert_same(second, first)
+        ours, module = make(), seeded(lambda: images(batch_size=16, batches=2))
+        fit(module, *ours, precision="64-true", max_epochs=4)
+        plans = [{**state["plan"], "frozen": None} for state in (first[2][0], ours[0].state_dict())]
+        assert plans[0] == plans[1]  # reasons tell the batch size
+        torch.testing.assert_close(first[0], snapshot(module), rtol=1e-8, atol=1e-8)
