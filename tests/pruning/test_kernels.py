@@ -227,6 +227,16 @@ def test_a_budget_is_met_at_or_just_past_it(of: str, amount: float) -> None:
         assert gone - share * ((side + 2) ** 2 / side**2 - 1) < amount + 1e-2
 
 
+def test_what_a_large_ring_makes_superfluous_stays() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 64, 3, padding=1)), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        ring = torch.ones(3, 3)
+        ring[1, 1] = 0
+        model[0].weight *= torch.where(ring == 1, 1e-6, 1.0)  # the first to go, and not enough
+    plan = shrink_kernels(model, x, 0.5)
+    assert list(plan.kept) == ["1.weight"]
+
+
 def test_an_amount_out_of_reach_is_refused_with_what_can_be_reached() -> None:
     model, x = lenet()
     before = copy.deepcopy(model.state_dict())

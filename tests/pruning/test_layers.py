@@ -253,6 +253,15 @@ def test_a_budget_is_met_at_or_just_past_it(of: str, amount: float) -> None:
         assert 1 - getattr(count_cost(less, x), of) / getattr(dense, of) < amount
 
 
+def test_what_a_large_layer_makes_superfluous_stays() -> None:
+    small, large = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 4))
+    model, x = nn.Sequential(small, large, nn.Linear(4, 2)), torch.randn(5, 4)
+    with torch.no_grad():
+        small.weight.copy_(torch.eye(4))  # the first to go, and not enough
+        small.bias.zero_()
+    assert list(remove_layers(model, x, 0.5).removed) == ["1"]
+
+
 def test_an_amount_out_of_reach_is_refused_with_what_can_be_reached() -> None:
     model, x = model_of("plain")
     before = list(model)
