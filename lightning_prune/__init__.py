@@ -1,9 +1,11 @@
 """Pruning callbacks for PyTorch Lightning: masked weights, physically removed neurons, a plain nn.Module."""
 
-from lightning_prune.callbacks import NeuronPruning, WeightPruning
+from lightning_prune.callbacks import KernelShrinking, LayerPruning, NeuronPruning, WeightPruning
 from lightning_prune.errors import NoEffectWarning, PruningError, SurgeryError, TraceError
 from lightning_prune.export import load_pruned, save_pruned
 from lightning_prune.graph.groups import find_groups
+from lightning_prune.pruning.kernels import shrink_kernels
+from lightning_prune.pruning.layers import remove_layers
 from lightning_prune.pruning.neurons import prune_neurons
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import Prunable, load_from_checkpoint
@@ -17,6 +19,8 @@ from lightning_prune.sparse import to_semi_structured
 __version__ = "0.1.0"
 
 __all__ = [
+    "KernelShrinking",
+    "LayerPruning",
     "NeuronPruning",
     "NoEffectWarning",
     "Plan",
@@ -36,7 +40,9 @@ __all__ = [
     "preview_lr",
     "prune_neurons",
     "prune_weights",
+    "remove_layers",
     "save_pruned",
     "sensitivity",
+    "shrink_kernels",
     "to_semi_structured",
 ]

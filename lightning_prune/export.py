@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
+from lightning_prune.pruning.passing import Form, inside, passes, passing_layers, remove_modules
 from lightning_prune.pruning.surgery import Numbers, fit_shapes, fits
 
 __all__ = ["load_pruned", "save_pruned"]
@@ -63,6 +64,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
             "patches": [patch.to_dict() for patch in installed_patches(model)],
             "transient": list(transient),
             "numbers": _numbers(model),
+            "passing": {path: form.to_dict() for path, form in passing_layers(model).items()},
         }
     )
     checksum = _checksum(content, stored)
@@ -136,7 +138,28 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         PruningError: The file is damaged or no file of ours, or it doesn't fit the model; ``model`` is untouched.
     """
-    state, transient, patches, numbers = _read(path)
+    state, transient, patches, numbers, passing = _read(path)
+    fresh = {name: form for name, form in passing.items() if not passes(model, name)}
+    removal = remove_modules(
+        model, {name: form for name, form in fresh.items() if not inside(name, fresh, proper=True)}
+    )
+    try:
+        _load(path, model, state, transient, patches, numbers)
+    except BaseException:
+        removal.undo()
+        raise
+    return model
+
+
+def _load(
+    path: str | PathLike[str],
+    model: nn.Module,
+    state: dict[str, Tensor],
+    transient: dict[str, Tensor],
+    patches: list[SizePatch],
+    numbers: Numbers,
+) -> None:
+    """Give a model that has the layers of a file their shapes and values; one that doesn't fit is untouched."""
     expected = model.state_dict()
     if set(state) != set(expected):
         missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
@@ -163,7 +186,6 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         remove_patches(model)
         install_patches(model, before)
         raise
-    return model
 
 
 def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
@@ -176,8 +198,10 @@ def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
     }
 
 
-def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers]:
-    """The state dict, the buffers beside it, the patches and the integers that modules hold."""
+def _read(
+    path: str | PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers, dict[str, Form]]:
+    """The state dict, the buffers beside it, the patches, the integers that modules hold, what passes its input on."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
@@ -194,6 +218,7 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tenso
         state.update({name: state[first] for name, first in content["aliases"].items()})
         transient = {name: state.pop(name) for name in content["transient"]}
         patches = [SizePatch.from_dict(patch) for patch in content["patches"]]
-        return state, transient, patches, content.get("numbers", {})
+        passing = {name: Form.from_dict(form) for name, form in content.get("passing", {}).items()}
+        return state, transient, patches, content.get("numbers", {}), passing
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error

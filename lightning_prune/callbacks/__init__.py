@@ -1,6 +1,8 @@
 """Lightning callbacks: when pruning happens."""
 
+from lightning_prune.callbacks.kernel_shrinking import KernelShrinking
+from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.neuron_pruning import NeuronPruning
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 
-__all__ = ["NeuronPruning", "WeightPruning"]
+__all__ = ["KernelShrinking", "LayerPruning", "NeuronPruning", "WeightPruning"]

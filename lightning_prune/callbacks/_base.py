@@ -37,6 +37,12 @@ def pruning_callbacks(trainer: Any) -> list[PruningCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
 
 
+def _close_watches(trainer: Any) -> None:
+    """Stop observing, the last one first: the modes that observe lie on a stack."""
+    for callback in reversed(pruning_callbacks(trainer)):
+        callback._watching.close()
+
+
 def averaged_copies(trainer: Any) -> list[nn.Module]:
     """The copies of the module whose weights Lightning's averaging callbacks hold; they must follow the module."""
     averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
@@ -133,12 +139,19 @@ class PruningCallback(Callback):
         """Prune until ``amount`` of the dense whole is gone."""
         raise NotImplementedError
 
+    def _look_again(self, trainer: Any) -> bool:
+        """Whether the batch that starts is to be observed, although one was."""
+        return False
+
+    def _settle(self, trainer: Any, pl_module: Any) -> None:
+        """Do what had to wait until all callbacks were asked, at a batch's end."""
+
     def _traced_macs(self) -> tuple[int, int] | None:
         """MACs of one example, before pruning and now, where a trace told them."""
         return None
 
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
-        """Another callback has removed neurons: follow the new shapes."""
+        """A callback has removed something: follow the new shapes."""
         self._cost = None
 
     def _plan(self) -> Plan:
@@ -203,40 +216,49 @@ class PruningCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Observe the first batch that runs the model: its parts, and their inputs."""
-        if self._calls is None and self._stack is None:
+        if (self._calls is None or self._look_again(trainer)) and self._stack is None:
             self._stack = ModuleStack(pl_module)
             self._watching.enter_context(self._watch(trainer, pl_module))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """The first batch's forward is over; manual optimization may still run other parts of the model."""
         if pl_module.automatic_optimization:
-            self._end_watch(pl_module)
+            self._end_watch(trainer, pl_module)
 
-    def _end_watch(self, pl_module: Any) -> None:
+    def _end_watch(self, trainer: Any, pl_module: Any) -> None:
         if self._stack is not None:
-            self._watching.close()
-            self._calls, self._stack = self._watched(pl_module), None
+            _close_watches(trainer)
+            calls, self._stack = self._watched(pl_module), None
+            self._calls = self._calls if calls is None else calls
 
-    def _drop_watch(self) -> None:
+    def _drop_watch(self, trainer: Any) -> None:
         """A batch that the user's hook has skipped ends without a word; what comes next must not be observed."""
-        self._watching.close()
+        _close_watches(trainer)
         self._stack = None
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Observe training only."""
-        self._drop_watch()
+        self._drop_watch(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Observe training only."""
-        self._drop_watch()
+        self._drop_watch(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
-        self._end_watch(pl_module)
+        for callback in pruning_callbacks(trainer):  # before any of them changes what they have seen
+            callback._end_watch(trainer, pl_module)
+        ends = self._prune_if_due(trainer, pl_module, batch_idx)
+        self._settle(trainer, pl_module)
+        if ends and self._speaks(trainer):
+            self._log(trainer, pl_module)
+
+    def _prune_if_due(self, trainer: Any, pl_module: Any, batch_idx: int) -> bool:
+        """Prune if it is time to; whether the epoch or the training ends here."""
         assert self._clock is not None
-        last = trainer.is_last_batch
+        last: bool = trainer.is_last_batch
         if not last and trainer.max_steps == -1 and self.every == "epoch":
-            return
+            return False
         final = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
         epochs: float = trainer.current_epoch + 1
         if not last:
@@ -254,8 +276,7 @@ class PruningCallback(Callback):
                 self._prune(trainer, pl_module, self.amount_)
             if self._part > before:
                 _tell_schedulers(trainer, last)
-        if (last or final) and self._speaks(trainer):
-            self._log(trainer, pl_module)
+        return last or final
 
     def _speaks(self, trainer: Any) -> bool:
         """Of several pruning callbacks the last one logs and reports."""
@@ -288,9 +309,8 @@ class PruningCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what was gained."""
         if self.report and trainer.is_global_zero and self._speaks(trainer):
-            plan = Plan({}, {})
-            for callback in pruning_callbacks(trainer):
-                plan = plan.then(callback._plan())
+            # Those that change the architecture share one plan.
+            plan = next((own for c in pruning_callbacks(trainer) if (own := c._plan())), Plan({}, {}))
             metric = trainer.callback_metrics.get(self.monitor)
             report = build_report(
                 pl_module,
@@ -320,11 +340,11 @@ class PruningCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""
-        self._drop_watch()
+        self._drop_watch(trainer)
         self._release()
         self._calls, self._measured = None, None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
-        self._drop_watch()
+        self._drop_watch(trainer)
         self._release()

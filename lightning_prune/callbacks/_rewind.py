@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.graph.run import named_tensors
 from lightning_prune.pruning.masks import local, share_of, whole
+from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.surgery import take
 
@@ -71,15 +72,21 @@ class Rewind:
                         )
 
     def follow(self, plan: Plan) -> None:
-        """Neurons were removed."""
+        """Something was removed."""
 
         def taken(name: str, value: Any) -> Any:
             fits = isinstance(value, Tensor) and name in plan.kept and list(value.shape) == plan.shapes[name]
             return take(value, plan.kept[name]) if fits else value
 
-        self.tensors = {name: taken(name, value) for name, value in self.tensors.items()}
+        self.tensors = {
+            name: taken(name, value) for name, value in self.tensors.items() if not inside(name, plan.removed)
+        }
         self.states = [
-            {name: {key: taken(name, value) for key, value in state.items()} for name, state in states.items()}
+            {
+                name: {key: taken(name, value) for key, value in state.items()}
+                for name, state in states.items()
+                if not inside(name, plan.removed)
+            }
             for states in self.states
         ]
 

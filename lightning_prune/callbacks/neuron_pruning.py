@@ -8,15 +8,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
+from lightning_prune.callbacks._base import ConfigurationError, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._recent import RecentCalls
 from lightning_prune.callbacks._steps import before_steps
+from lightning_prune.callbacks._structure import StructureCallback
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.callsites import ModuleCall, install_patches
+from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
@@ -24,10 +25,9 @@ from lightning_prune.pruning.criteria import Activation, Random, Taylor, collect
 from lightning_prune.pruning.masks import HeldMasks, apply_masks
 from lightning_prune.pruning.neurons import Choice, check_compensate, latency_amount, remove_chosen
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.prunable import METADATA, Prunable, made_by, shapes_of
 from lightning_prune.pruning.repair import Repair, add_to, recalibrate
 from lightning_prune.pruning.select import Curves, Dense, check_choice, measure_dense
-from lightning_prune.pruning.surgery import fit_shapes
+from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weight_criteria import mix_seed
 from lightning_prune.report.run import batch_size
 
@@ -37,7 +37,7 @@ BATCHES = 4
 """Training batches that ``compensate`` looks at, where ``recalibrate`` doesn't ask for more."""
 
 
-class NeuronPruning(PruningCallback):
+class NeuronPruning(StructureCallback):
     """Removes the least important neurons while Lightning trains: the model gets smaller and faster.
 
     Everything that depends on a shape follows: neighbouring layers, norm statistics, gradients, optimizer
@@ -133,7 +133,6 @@ class NeuronPruning(PruningCallback):
         self.recalibrate = recalibrate
         self.compensate = compensate
         self.verify = verify
-        self.plan_ = Plan({}, {})
         self.groups_: Groups | None = None
         self._dense: Dense | None = None
         self._macs = 0.0
@@ -147,34 +146,9 @@ class NeuronPruning(PruningCallback):
         self._seed: int | None = None
         self._recent: RecentCalls | None = None
         self._handles: list[RemovableHandle] = []
-        self._state_hooks: list[RemovableHandle] = []
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse processes whose model is lost; make a checkpoint of a pruned model fit before it is loaded."""
-        super().setup(trainer, pl_module, stage)
-        spawned = "MultiProcessing" in type(trainer.strategy.launcher).__name__
-        if stage == "fit" and spawned and not isinstance(pl_module, Prunable):
-            raise ConfigurationError(
-                "NeuronPruning can bring a smaller model back from forked or spawned processes only if the module can "
-                f"load itself: derive {type(pl_module).__name__} from lightning_prune.Prunable too, or use "
-                "strategy='ddp'"
-            )
-        # Functions, not methods: a copy of the module must not copy this callback.
-        self._state_hooks = [
-            pl_module._register_state_dict_hook(lambda *args: self._describe(*args)),
-            pl_module._register_load_state_dict_pre_hook(lambda *args: self._reshape(trainer, *args), with_module=True),
-        ]
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
-        if any(isinstance(other, NeuronPruning) and other is not self for other in trainer.callbacks):
-            raise ConfigurationError("only one NeuronPruning callback can be in the Trainer's callbacks")
-        begun = bool(self.plan_) or bool(self._restored)
-        if not begun or (self.plan_ and not made_by(self.plan_, pl_module)):
-            self.amount_ = self._part = self._pruned = 0.0
-            self.plan_, self._dense = Plan({}, {}), None  # nothing gone yet, or another model
-            self._latency_macs, self._curves, self._seed, self._restored = None, None, None, {}
-        self._note_plan(pl_module)
-        install_patches(pl_module, self.plan_.patches)
+        super()._start(trainer, pl_module)
         self.groups_, self._masked, self._held = None, None, None
         self._judge.forget()
         if isinstance(self._judge, Activation):
@@ -186,6 +160,32 @@ class NeuronPruning(PruningCallback):
             inputs = trainer.precision_plugin.convert_input(inputs)
             calls = tuple(_to_device(call, pl_module.device) for call in as_calls(inputs))
             self._take(trainer, pl_module, traced(pl_module, calls))
+
+    def _resumed(self) -> bool:
+        return bool(self._restored)
+
+    def _anew(self) -> None:
+        self._dense, self._latency_macs, self._curves, self._seed = None, None, None, None
+        self._pruned, self._restored = 0.0, {}
+
+    def _outdated(self, plan: Plan, macs: float) -> None:
+        if self.groups_ is not None:  # the next batch is traced again
+            self._restored = self._of_neurons()
+        self.groups_ = None
+        self._macs *= macs
+        if self._recent is not None:
+            self._recent.close()
+            self._recent = None
+
+    def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
+        super()._follow_removal(trainer, pl_module, plan)
+        if self._held is not None:
+            tensors, masks = named_tensors(pl_module), self._held.masks
+            left = {name: take(mask, plan.kept.get(name, {})) for name, mask in masks.items() if name in tensors}
+            self._held = HeldMasks(tensors, left)
+
+    def _look_again(self, trainer: Any) -> bool:
+        return self.groups_ is None
 
     def _take(self, trainer: Any, pl_module: Any, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
@@ -206,9 +206,9 @@ class NeuronPruning(PruningCallback):
         self.groups_ = groups
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, groups)
-        self._take_up(trainer, pl_module, groups)
+        self._go_on(pl_module, groups)
 
-    def _take_up(self, trainer: Any, pl_module: Any, groups: Groups) -> None:
+    def _go_on(self, pl_module: Any, groups: Groups) -> None:
         """Go on with what a checkpoint knows of neurons, now that these have numbers."""
         restored, self._restored = self._restored, {}
         if restored.get("masked"):  # zero already, and perhaps needed as it is for a backward that is to come
@@ -335,6 +335,8 @@ class NeuronPruning(PruningCallback):
         self._by_gradients.discard(id(optimizer))
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
+        if self.groups_ is None and self._calls is not None:
+            return  # no batch has run the model since another callback changed it
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
         now = self.remove == "progressive" or _ends(trainer)
@@ -404,22 +406,15 @@ class NeuronPruning(PruningCallback):
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, self.groups_)
         add_to(pl_module, changes)
-        self._macs = self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
-        self.plan_ = self.plan_.then(plan)
-        self._note_plan(pl_module)
-        for copy in averaged_copies(trainer):
-            plan.apply(copy)
-            add_to(copy, changes)
+        before, self._macs = self._macs, self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
         if self.recalibrate and self._recent is not None:
             mean = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")  # noqa: E731
             recalibrate(pl_module, list(self._recent.batches), mean)
-        strategy = trainer.strategy
-        if hasattr(strategy, "configure_ddp"):  # DDP's buckets hold the old parameters
-            strategy.model = pl_module
-            strategy.configure_ddp()
         for callback in pruning_callbacks(trainer):
             callback._calls = self._calls  # they tell which calls keep their input's shape
-            callback._follow_removal(trainer, pl_module, plan)
+        self._changed(trainer, pl_module, plan, self._macs / before if before else 1.0)
+        for copy in averaged_copies(trainer):
+            add_to(copy, changes)
 
     def _mask(self, pl_module: Any, groups: Groups, alive: Tensor) -> dict[str, Tensor]:
         """From now on hold at zero whatever belongs to neurons that are to go; the masks."""
@@ -446,27 +441,17 @@ class NeuronPruning(PruningCallback):
             self._go(trainer, pl_module, self.amount_, True)
         super().on_train_end(trainer, pl_module)
 
-    def _note_plan(self, pl_module: Any) -> None:
-        """A module that can load itself describes itself, too."""
-        if isinstance(pl_module, Prunable):
-            pl_module.pruning_plan = self.plan_
-
     def _traced_macs(self) -> tuple[int, int] | None:
         if self.groups_ is None or self._dense is None:
             return None
         size = batch_size(self.groups_.calls)
         return round(self._dense.macs / size), round(self._macs / size)
 
-    def _plan(self) -> Plan:
-        return self.plan_
-
-    def _has_effect(self) -> bool:
-        return bool(self.plan_)
-
     def _release(self) -> None:
-        for hook in (*self._state_hooks, *self._handles):
+        super()._release()
+        for hook in self._handles:
             hook.remove()
-        self._state_hooks, self._handles = [], []
+        self._handles = []
         if self._recent is not None:
             self._recent.close()
         self._recent, self._held, self._masked = None, None, None
@@ -475,69 +460,35 @@ class NeuronPruning(PruningCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The plan and what the amount is a fraction of, as plain data and tensors."""
-        dense = None if self._dense is None else asdict(self._dense)
-        sums = {key: each.cpu() for key, each in self._judge.sums.items()}
-        if isinstance(self._judge, Taylor):
-            sums = {} if self.groups_ is None or not sums else _by_key(self.groups_, sums["total"])
-        masked = {} if self.groups_ is None or self._masked is None else _by_key(self.groups_, self._masked)
         return {
-            "amount": self.amount_,
-            "plan": self.plan_.to_dict(),
-            "dense": dense,
+            **super().state_dict(),
+            "dense": None if self._dense is None else asdict(self._dense),
             "macs": self._macs,
             "pruned": self._pruned,
             "latency_macs": self._latency_macs,
             "curves": None if self._curves is None else dict(self._curves),
             "seed": self._seed,
-            "masked": masked,
-            "sums": sums,
+            **self._of_neurons(),
         }
+
+    def _of_neurons(self) -> dict[str, dict[str, Tensor]]:
+        """What is known of single neurons, by name: numbers change."""
+        sums = {key: each.cpu() for key, each in self._judge.sums.items()}
+        if isinstance(self._judge, Taylor):
+            sums = {} if self.groups_ is None or not sums else _by_key(self.groups_, sums["total"])
+        masked = {} if self.groups_ is None or self._masked is None else _by_key(self.groups_, self._masked)
+        return {"masked": masked, "sums": sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
-        self.amount_ = state_dict.get("amount", 0.0)
-        self._part = self.amount_ / self.amount if self.amount else 0.0
-        self.plan_ = Plan.from_dict(state_dict["plan"])
-        dense = state_dict.get("dense")
-        self._dense = None if dense is None else Dense(**dense)
-        self._macs = state_dict.get("macs", 0.0)
-        self._pruned = state_dict.get("pruned", self._part)
-        self._latency_macs = state_dict.get("latency_macs")
-        self._curves = state_dict.get("curves")
-        self._seed = state_dict.get("seed")
-        self._restored = {key: state_dict.get(key, {}) for key in ("masked", "sums")}
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Describe the state dict of a checkpoint that is saved after ``fit`` too."""
-        metadata = getattr(checkpoint["state_dict"], "_metadata", {})
-        metadata.setdefault("", {})[METADATA] = self.state_dict()
-
-    def _describe(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
-        metadata[METADATA] = self.state_dict()
-
-    def _reshape(
-        self, trainer: Any, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any
-    ) -> None:
-        """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger.
-
-        So do the copies that averaging callbacks hold: theirs is loaded next.
-        """
-        plan = Plan.from_dict(metadata[METADATA]["plan"]) if METADATA in metadata else Plan({}, {})
-        if not made_by(plan, module):
-            made = made_by(self.plan_, module)
-            dense = {**shapes_of(module), **(self.plan_.shapes if made else {})}
-            if METADATA not in metadata or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
-                loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-                shapes = {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)}
-                for each in (module, *(c for c in averaged_copies(trainer) if c is not module)):
-                    fit_shapes(each, shapes)
-                return
-            for each in (module, *(c for c in averaged_copies(trainer) if c is not module)):
-                if made_by(self.plan_, each):
-                    self.plan_.take_back(each)
-                plan.apply(each)
-        if METADATA in metadata:
-            self.load_state_dict(metadata[METADATA])
+        super().load_state_dict(state_dict)
+        self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
+        self._macs = state_dict["macs"]
+        self._pruned = state_dict["pruned"]
+        self._latency_macs = state_dict["latency_macs"]
+        self._curves = state_dict["curves"]
+        self._seed = state_dict["seed"]
+        self._restored = {key: state_dict[key] for key in ("masked", "sums")}
 
 
 def _ends(trainer: Any) -> bool:

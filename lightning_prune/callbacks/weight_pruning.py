@@ -16,6 +16,7 @@ from lightning_prune.callbacks._rewind import Rewind
 from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.masks import HeldMasks, Masks, apply_masks, local, placed_like, share_of, whole
+from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.patterns import get_pattern
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.regrow import REGROW, moved, share
@@ -350,7 +351,7 @@ def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         dims = plan.kept.get(name, {})
         return take(tensor, {dim: index for dim, index in dims.items() if tensor.size(dim) == plan.shapes[name][dim]})
 
-    return {name: taken(name, each) for name, each in tensors.items()}
+    return {name: taken(name, each) for name, each in tensors.items() if not inside(name, plan.removed)}
 
 
 def _check_regrow(regrow: Any, fraction: Any, pattern: str | None) -> None:

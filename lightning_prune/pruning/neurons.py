@@ -543,7 +543,7 @@ def _numbers(
         if site.place is None:
             found.setdefault(site.module, {})[site.name] = size
         elif isinstance(held, (tuple, list)):
-            numbers = list(found.get(site.module, {}).get(site.name, held))  # type: ignore[arg-type]
+            numbers: list[Any] = list(found.get(site.module, {}).get(site.name, held))  # type: ignore[arg-type]
             numbers[site.place] = size
             found.setdefault(site.module, {})[site.name] = tuple(numbers)
     used = {(site.module, site.name) for site in groups.attributes} | groups.numeric

@@ -1,4 +1,4 @@
-"""Plan: the frozen record of which neurons were kept; plain data, replayable on a fresh model."""
+"""Plan: the frozen record of what was kept and what is gone; plain data, replayable on a fresh model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
+from lightning_prune.pruning.passing import Form, inside, passes, put_back, remove_modules, skeletons_of
 from lightning_prune.pruning.surgery import Attributes, Value, enlarge, shrink
 
 __all__ = ["Plan"]
@@ -27,7 +28,10 @@ class Plan:
         patches: Sizes written in a forward that are rewritten at the call.
         counts: Buffers that hold indices -> the indices kept of what they count along.
         approximate: Pruned layers whose neurons an operation reads together -> those operations.
-        frozen: Parameter dimensions that had to stay -> why.
+        frozen: Parameter dimensions, kernels and layers that had to stay -> why.
+        removed: Layers that are gone -> how they were called; what passes their input on stands in their place.
+        skeletons: What the outermost of these were, without values; not part of the record, known only where a removal
+            was made in this process. `take_back` needs them.
     """
 
     kept: dict[str, dict[int, list[int]]]
@@ -37,9 +41,38 @@ class Plan:
     counts: dict[str, list[int]] = field(default_factory=dict)
     approximate: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, Form] = field(default_factory=dict)
+    skeletons: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)
 
     def __bool__(self) -> bool:
-        return bool(self.kept)
+        return bool(self.kept or self.removed)
+
+    @property
+    def live_patches(self) -> tuple[SizePatch, ...]:
+        """The patches whose module is still there."""
+        return tuple(patch for patch in self.patches if not inside(patch.site.module, self.removed))
+
+    def made(self, model: nn.Module) -> bool:
+        """Whether a model has the architecture that this plan leads to."""
+        tensors = named_tensors(model)
+        live = {name: dims for name, dims in self.kept.items() if not inside(name, self.removed)}
+        return (
+            bool(self)
+            and all(
+                name in tensors
+                and list(tensors[name].shape)
+                == [len(dims.get(dim, range(size))) for dim, size in enumerate(self.shapes[name])]
+                for name, dims in live.items()
+            )
+            and all(passes(model, path) for path in self.removed if not inside(path, self.removed, proper=True))
+        )
+
+    def dense_shapes(self, model: nn.Module) -> dict[str, list[int]]:
+        """Shapes of the parameters and buffers of the model that this plan was made of, given what it is now."""
+        shapes = {name: list(tensor.shape) for name, tensor in named_tensors(model).items()}
+        for path, skeleton in self.skeletons.items():
+            shapes |= {f"{path}.{name}": list(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
+        return shapes | self.shapes
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: dict, list, str and int only, so JSON and ``weights_only=True`` take it."""
@@ -54,6 +87,7 @@ class Plan:
             "counts": {name: list(index) for name, index in self.counts.items()},
             "approximate": dict(self.approximate),
             "frozen": dict(self.frozen),
+            "removed": {path: form.to_dict() for path, form in self.removed.items()},
         }
 
     @classmethod
@@ -78,6 +112,7 @@ class Plan:
                 counts={name: [int(i) for i in index] for name, index in data.get("counts", {}).items()},
                 approximate=dict(data["approximate"]),
                 frozen=dict(data["frozen"]),
+                removed={path: Form.from_dict(form) for path, form in data.get("removed", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise PruningError(f"not a plan: {type(error).__name__}: {error}") from error
@@ -97,9 +132,15 @@ class Plan:
                     f"the plan expects {name!r} of shape {tuple(shape)}, got {tuple(tensors[name].shape)}"
                 )
         after = {path: {name: value for name, (_, value) in named.items()} for path, named in self.attributes.items()}
+        outermost = {path: form for path, form in self.removed.items() if not inside(path, self.removed, proper=True)}
         change = shrink(model, self.kept, counts=self.counts, numbers=after)
         try:
             install_patches(model, self.patches)
+            if outermost:
+                skeletons = skeletons_of(model, outermost)
+                remove_modules(model, outermost)
+                self.skeletons.clear()
+                self.skeletons.update(skeletons)
         except BaseException:
             change.undo()
             raise
@@ -108,7 +149,11 @@ class Plan:
         """Give a pruned model its old architecture back; the values of what was removed are lost.
 
         For measuring what it was, and before another state is loaded into it.
+
+        Raises:
+            PruningError: A layer was removed in another process: nothing tells what it was. The model is untouched.
         """
+        put_back(model, self.removed, self.skeletons)
         enlarge(model, self.shapes, self.attributes)
         ours = {(patch.site, patch.dim): patch.before for patch in self.patches}
         before = [ours.get((patch.site, patch.dim), patch) for patch in installed_patches(model)]
@@ -142,12 +187,16 @@ class Plan:
             counts=counts,
             approximate={**self.approximate, **later.approximate},
             frozen=later.frozen,
+            removed={**self.removed, **later.removed},
+            skeletons={**later.skeletons, **self.skeletons},
         )
 
 
-def _plain(value: Value) -> int | list[int]:
-    return value if isinstance(value, int) else list(value)
+def _plain(value: Value) -> int | str | list[int]:
+    return value if isinstance(value, int | str) else list(value)
 
 
 def _value(data: Any) -> Value:
-    return tuple(int(item) for item in data) if isinstance(data, (list, tuple)) else int(data)
+    if isinstance(data, (list, tuple)):
+        return tuple(int(item) for item in data)
+    return data if isinstance(data, str) else int(data)

@@ -9,29 +9,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.run import named_tensors
 from lightning_prune.pruning.plan import Plan
 
-__all__ = ["METADATA", "Prunable", "load_from_checkpoint", "made_by", "shapes_of"]
+__all__ = ["METADATA", "Prunable", "load_from_checkpoint"]
 
 METADATA = "lightning_prune"
 """Where in a state dict's metadata the plan stands: a file of weights alone has nothing else."""
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def shapes_of(module: nn.Module) -> dict[str, list[int]]:
-    """Shapes of parameters and buffers."""
-    return {name: list(tensor.shape) for name, tensor in named_tensors(module).items()}
-
-
-def made_by(plan: Plan, module: nn.Module) -> bool:
-    """Whether the module has the architecture that a plan leads to."""
-    shapes = shapes_of(module)
-    return bool(plan) and all(
-        shapes.get(name) == [len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[name])]
-        for name, dims in plan.kept.items()
-    )
 
 
 def become(module: nn.Module, plan: Plan, own: Plan) -> None:
@@ -40,18 +25,18 @@ def become(module: nn.Module, plan: Plan, own: Plan) -> None:
     Raises:
         PruningError: The plan is that of another model; the module is untouched.
     """
-    if made_by(plan, module):
+    if plan.made(module) and (not own.made(module) or plan == own):
         return
-    made = made_by(own, module)
-    dense = {**shapes_of(module), **(own.shapes if made else {})}
+    now = own if own.made(module) else Plan({}, {})
+    dense = now.dense_shapes(module)
     for name, shape in plan.shapes.items():
         if dense.get(name) != shape:
             had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
             raise PruningError(
                 f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {type(module).__name__} has {had}"
             )
-    if made:
-        own.take_back(module)
+    if now:
+        now.take_back(module)
     plan.apply(module)
 
 
@@ -97,7 +82,7 @@ class Prunable:
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the architecture from the callback's state: an averaging callback saves another state dict."""
         for state in checkpoint.get("callbacks", {}).values():
-            if isinstance(state, dict) and {"plan", "dense"} <= state.keys():
+            if isinstance(state, dict) and {"plan", "macs_left"} <= state.keys():
                 self._become(Plan.from_dict(state["plan"]))
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 

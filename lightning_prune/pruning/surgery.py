@@ -7,7 +7,7 @@ ones back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "enlarge",
     "fit_shapes",
     "fits",
+    "forget",
     "named_tensors",
     "shrink",
     "take",
@@ -41,7 +42,7 @@ Undo = Callable[[], None]
 Replaced = dict[int, tuple[Tensor, Tensor, Mapping[int, Tensor]]]
 """Id of a tensor -> itself, the smaller one in its place, what that keeps of each dimension."""
 
-Value = int | tuple[int, ...] | list[int]
+Value = int | str | tuple[int, ...] | list[int]
 Attributes = dict[str, dict[str, tuple[Value, Value]]]
 """Module path -> attribute -> its value before and after."""
 
@@ -263,7 +264,7 @@ def layer_sizes(module: nn.Module, before: Mapping[str, Any], numbers: Mapping[s
         first, second = weight.size(0), weight.size(1) * groups
         if module.transposed:
             first, second = weight.size(1) * groups, weight.size(0)
-        return {"out_channels": first, "in_channels": second, "groups": groups}
+        return {"out_channels": first, "in_channels": second, "groups": groups, **_kernel_sizes(module, weight, before)}
     if isinstance(module, nn.modules.batchnorm._NormBase):
         holder = next((t for t in (weight, module.running_mean) if t is not None), None)
         return {} if holder is None else {"num_features": holder.numel()}
@@ -287,6 +288,31 @@ def layer_sizes(module: nn.Module, before: Mapping[str, Any], numbers: Mapping[s
     if isinstance(module, nn.RNNCellBase):
         return {"input_size": module.weight_ih.size(1), "hidden_size": module.weight_hh.size(1)}
     return {}
+
+
+def _kernel_sizes(module: Any, weight: Tensor, before: Mapping[str, Any]) -> dict[str, Value]:
+    """What a convolution must hold when its kernel has lost outer rings, so that its output keeps its shape.
+
+    A ring of zeros reads nothing, so the convolution pads by one dilation less on either side. Where it pads by less
+    than that, its input is cropped instead: that is a padding below zero, which `F.pad` knows and a convolution does
+    only if its padding has a mode of its own; a constant of zero is the mode that changes nothing else.
+    """
+    old, new = before["kernel_size"], tuple(weight.shape[2:])
+    if old == new or len(old) != len(new):
+        return {}
+    less = [dilation * ((a - b) // 2) for dilation, a, b in zip(before["dilation"], old, new, strict=True)]
+    # The last dimension comes first, each with its two sides.
+    sides = before["_reversed_padding_repeated_twice"]
+    sides = tuple(side - less[-1 - at // 2] for at, side in enumerate(sides))
+    sizes: dict[str, Value] = {"kernel_size": new, "_reversed_padding_repeated_twice": sides}
+    padding = before["padding"]
+    if padding == "same":
+        return sizes
+    each = (0,) * len(less) if padding == "valid" else padding
+    each = tuple(pad - own for pad, own in zip(each, less, strict=True))
+    if min(each) < 0 and not module.transposed:
+        return {**sizes, "padding": each, "padding_mode": "constant"}
+    return {**sizes, "padding": each}
 
 
 def _groups_of(module: Any, weight: Tensor, before: Mapping[str, Any]) -> int:
@@ -318,6 +344,21 @@ def _follow(optimizer: Optimizer, replaced: Replaced, change: Change) -> None:
                 change.steps.append(_deleter(optimizer.state, new))
                 optimizer.state[new] = _shrunk_state(state, old, dims, type(optimizer).__name__)
     if isinstance(optimizer, LBFGS):
+        _restart(optimizer, change)
+
+
+def forget(optimizer: Optimizer, gone: Collection[int], change: Change) -> None:
+    """Take parameters, by id, out of an optimizer, and their state; a group that they leave empty stays."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in gone]
+    for group in optimizer.param_groups:
+        parameters = list(group["params"])
+        change.steps.append(_setter(group["params"], slice(None), parameters))
+        group["params"][:] = [p for p in parameters if id(p) not in gone]
+    for parameter in held:
+        if parameter in optimizer.state:
+            change.steps.append(_setter(optimizer.state, parameter, optimizer.state[parameter]))
+            del optimizer.state[parameter]
+    if held and isinstance(optimizer, LBFGS):
         _restart(optimizer, change)
 
 

@@ -1,0 +1,404 @@
+"""What callbacks share that change a model's architecture: one plan, checkpoints that fit, everything that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.callbacks._base import ConfigurationError, PruningCallback, averaged_copies, pruning_callbacks
+from lightning_prune.callbacks._clock import Point
+from lightning_prune.errors import NoEffectWarning, PruningError
+from lightning_prune.graph.callsites import ModuleCall, install_patches
+from lightning_prune.graph.observe import Observer, Use, rescaled
+from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.pruning.budget import Budget, listed
+from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.prunable import METADATA, Prunable
+from lightning_prune.pruning.schedules import Schedule
+from lightning_prune.pruning.surgery import fit_shapes
+
+__all__ = ["ObservingCallback", "StructureCallback", "structure_callbacks"]
+
+
+def structure_callbacks(trainer: Any) -> list[StructureCallback]:
+    """Those of the Trainer's callbacks that change the architecture, in order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, StructureCallback)]
+
+
+class StructureCallback(PruningCallback):
+    """Changes the architecture of the model while it trains.
+
+    All such callbacks of a Trainer share one plan, in which changes stand in the order in which they were made. It is
+    in every checkpoint, in the metadata of the state dict: before a state dict is loaded, the module is given the
+    architecture that its plan leads to, whatever it was pruned to before.
+
+    Attributes:
+        plan_: What is left of the dense model, and what is gone; by all callbacks of the Trainer.
+    """
+
+    def __init__(
+        self,
+        amount: float,
+        schedule: str | Schedule,
+        start: Point,
+        end: Point,
+        every: int | str,
+        include: str | list[str] | None,
+        exclude: str | list[str] | None,
+        report: bool,
+        monitor: str,
+    ) -> None:
+        super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
+        self.plan_ = Plan({}, {})
+        self._acted = False
+        self._macs_left = 1.0
+        self._state_hooks: list[RemovableHandle] = []
+
+    # -- what a subclass does -------------------------------------------------------------------------------
+
+    def _resumed(self) -> bool:
+        """Whether a checkpoint has told more than a plan."""
+        return False
+
+    def _anew(self) -> None:
+        """Forget what was measured of a model that isn't this one."""
+
+    def _outdated(self, plan: Plan, macs: float) -> None:
+        """Another callback has changed the architecture; ``macs`` is the part of the MACs that is left."""
+
+    # -- setup ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse processes whose model is lost; make a checkpoint of a pruned model fit before it is loaded."""
+        super().setup(trainer, pl_module, stage)
+        spawned = "MultiProcessing" in type(trainer.strategy.launcher).__name__
+        if stage == "fit" and spawned and not isinstance(pl_module, Prunable):
+            raise ConfigurationError(
+                f"{type(self).__name__} can bring a smaller model back from forked or spawned processes only if the "
+                f"module can load itself: derive {type(pl_module).__name__} from lightning_prune.Prunable too, or use "
+                "strategy='ddp'"
+            )
+        if structure_callbacks(trainer)[0] is not self:
+            return
+        # Functions, not methods: a copy of the module must not copy this callback.
+        self._state_hooks = [
+            pl_module._register_state_dict_hook(lambda *args: self._describe(trainer, *args)),
+            pl_module._register_load_state_dict_pre_hook(lambda *args: self._reshape(trainer, *args), with_module=True),
+        ]
+
+    def _start(self, trainer: Any, pl_module: Any) -> None:
+        if sum(type(other) is type(self) for other in trainer.callbacks) > 1:
+            raise ConfigurationError(f"only one {type(self).__name__} callback can be in the Trainer's callbacks")
+        self._take_up(trainer, pl_module)
+
+    def _take_up(self, trainer: Any, pl_module: Any) -> None:
+        """Go on with the plan that this model was made by, or start anew."""
+        if not self.plan_.made(pl_module) and (self.plan_ or not self._resumed()):
+            self.amount_, self._part, self._acted = 0.0, 0.0, False  # nothing gone yet, or another model
+            self.plan_, self._macs_left = Plan({}, {}), 1.0
+            for other in structure_callbacks(trainer):
+                if other.plan_.made(pl_module):
+                    self.plan_, self._macs_left = other.plan_, other._macs_left
+            self._anew()
+        if isinstance(pl_module, Prunable):
+            pl_module.pruning_plan = self.plan_
+        install_patches(pl_module, self.plan_.live_patches)
+
+    def _settle(self, trainer: Any, pl_module: Any) -> None:
+        ours = structure_callbacks(trainer)
+        if self is ours[-1]:
+            for callback in ours:
+                if isinstance(callback, ObservingCallback):
+                    callback._act(trainer, pl_module)
+
+    # -- changes --------------------------------------------------------------------------------------------
+
+    def _changed(self, trainer: Any, pl_module: Any, plan: Plan, macs: float) -> None:
+        """The model was changed: everything follows that depends on its parameters.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            plan: What was done to it.
+            macs: The part of its MACs that is left.
+        """
+        self._acted = True
+        for copy in averaged_copies(trainer):
+            Plan.from_dict(plan.to_dict()).apply(copy)
+        strategy = trainer.strategy
+        if hasattr(strategy, "configure_ddp"):  # DDP's buckets hold the old parameters
+            strategy.model = pl_module
+            strategy.configure_ddp()
+        total, left = self.plan_.then(plan), self._macs_left * macs
+        if isinstance(pl_module, Prunable):
+            pl_module.pruning_plan = total
+        for callback in structure_callbacks(trainer):
+            callback.plan_, callback._macs_left = total, left
+            if callback is not self:
+                callback._outdated(plan, macs)
+        for other in pruning_callbacks(trainer):
+            other._follow_removal(trainer, pl_module, plan)
+
+    def _plan(self) -> Plan:
+        return self.plan_
+
+    def _has_effect(self) -> bool:
+        return self._acted
+
+    def _release(self) -> None:
+        for hook in self._state_hooks:
+            hook.remove()
+        self._state_hooks = []
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and what the amount is a fraction of, as plain data."""
+        return {
+            "amount": self.amount_,
+            "plan": self.plan_.to_dict(),
+            "acted": self._acted,
+            "macs_left": self._macs_left,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the plan of a checkpoint."""
+        self.amount_ = state_dict["amount"]
+        self._part = self.amount_ / self.amount if self.amount else 0.0
+        plan = Plan.from_dict(state_dict["plan"])
+        if plan != self.plan_:  # an equal one may know what removed layers were
+            self.plan_ = plan
+        self._acted = state_dict["acted"]
+        self._macs_left = state_dict["macs_left"]
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Describe the state dict of a checkpoint that is saved after ``fit`` too."""
+        metadata = getattr(checkpoint["state_dict"], "_metadata", {})
+        metadata.setdefault("", {})[METADATA] = self._description(trainer)
+
+    def _description(self, trainer: Any) -> dict[str, Any]:
+        states = {
+            other.state_key: {**other.state_dict(), "kind": type(other).__name__}
+            for other in structure_callbacks(trainer)
+        }
+        return {"plan": self.plan_.to_dict(), "macs_left": self._macs_left, "callbacks": states}
+
+    def _describe(
+        self, trainer: Any, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        metadata[METADATA] = self._description(trainer)
+
+    def _reshape(
+        self, trainer: Any, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger.
+
+        So do the copies that averaging callbacks hold: theirs is loaded next.
+        """
+        described = metadata.get(METADATA, {})
+        plan = Plan.from_dict(described["plan"]) if described else Plan({}, {})
+        now = next((c.plan_ for c in structure_callbacks(trainer) if c.plan_.made(module)), Plan({}, {}))
+        copies = [copy for copy in averaged_copies(trainer) if copy is not module]
+        # A model that has lost more fits a smaller plan too.
+        if plan != now if now else not plan.made(module):
+            dense = now.dense_shapes(module)
+            if not described or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
+                loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+                shapes = {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)}
+                for each in (module, *copies):
+                    fit_shapes(each, shapes)
+                return
+            for copy in copies:
+                if now.made(copy):
+                    now.take_back(copy)
+                Plan.from_dict(plan.to_dict()).apply(copy)
+            if now:
+                now.take_back(module)
+            plan.apply(module)
+        elif plan == now:
+            plan = now
+        for callback in structure_callbacks(trainer):
+            callback.plan_, callback._macs_left = plan, described.get("macs_left", 1.0)
+            state = _state_of(callback, described.get("callbacks", {}))
+            if state is not None:
+                callback.load_state_dict(state)
+
+
+def _state_of(callback: StructureCallback, states: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What a checkpoint says of a callback; one whose arguments have changed is known by its kind."""
+    alike = [state for state in states.values() if state["kind"] == type(callback).__name__]
+    return states.get(callback.state_key, alike[0] if len(alike) == 1 else None)
+
+
+class ObservingCallback(StructureCallback):
+    """Decides by what it observes in the training batch after which it acts.
+
+    It acts when all callbacks have had their turn at a batch's end, for `NeuronPruning` goes by what it has traced of
+    the model as it is.
+    """
+
+    def __init__(
+        self,
+        amount: float,
+        of: str,
+        schedule: str | Schedule,
+        start: Point,
+        end: Point,
+        every: int | str,
+        include: str | list[str] | None,
+        exclude: str | list[str] | None,
+        verify: bool,
+        report: bool,
+        monitor: str,
+    ) -> None:
+        super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
+        self.of = of
+        self.verify = verify
+        self._observed: Observer | None = None
+        self._at_observation = 1.0
+        self._own_left = 1.0
+        self.frozen_: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self._lost_neurons = False
+        self._wanted: float | None = None
+        self._met = False
+        self._said = False
+
+    # -- what a subclass does -------------------------------------------------------------------------------
+
+    differences: bool = False
+    """Whether it asks how much modules change their input."""
+
+    def _check(self, pl_module: Any, uses: Mapping[str, Use], budget: Budget) -> None:
+        """Raise a PruningError if the whole amount can't be reached."""
+        raise NotImplementedError
+
+    def _change(
+        self, trainer: Any, pl_module: Any, uses: Mapping[str, Use], amount: float, budget: Budget
+    ) -> tuple[Plan, float]:
+        """Change the model until ``amount`` is gone; what was done, and the MACs that this has saved."""
+        raise NotImplementedError
+
+    # -- observing ------------------------------------------------------------------------------------------
+
+    def _anew(self) -> None:
+        self._own_left = 1.0
+
+    def _start(self, trainer: Any, pl_module: Any) -> None:
+        super()._start(trainer, pl_module)
+        self._observed, self._wanted, self._met, self._said = None, None, False, False
+
+    def _look_again(self, trainer: Any) -> bool:
+        due = trainer.is_last_batch or trainer.max_steps != -1 or self.every != "epoch"
+        return bool(due) and not self._met
+
+    @contextmanager
+    def _watch(self, trainer: Any, pl_module: Any) -> Iterator[None]:
+        self._observer = Observer(pl_module, differences=self.differences)
+        with super()._watch(trainer, pl_module), self._observer.watch():
+            yield
+
+    def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...] | None:
+        calls, observer, first = super()._watched(pl_module), self._observer, self._observed is None
+        del self._observer
+        if calls is None:
+            return None
+        observer.model = nn.Identity()  # let go of it
+        self._observed, self._at_observation, self._sizes = observer, self._macs_left, _own_sizes(pl_module)
+        budget = self._budget(pl_module)
+        if first and budget.needed(self.amount) > 0:
+            try:
+                self._check(pl_module, observer.uses, budget)
+            except PruningError as error:
+                raise ConfigurationError(f"{type(self).__name__}: {error}") from None
+        self._lost_neurons = False
+        return calls
+
+    def _outdated(self, plan: Plan, macs: float) -> None:
+        # Kernels and layers that go leave all shapes as they are, neurons don't.
+        self._lost_neurons = self._lost_neurons or any(dim < 2 for dims in plan.kept.values() for dim in dims)
+
+    def _budget(self, pl_module: Any) -> Budget:
+        """What is left, and what there would be without this callback; MACs are those of the observed batch."""
+        assert self._observed is not None
+        now: float = sum(p.numel() for p in pl_module.parameters())
+        if self.of == "macs":
+            now = self._observed.macs * self._macs_left / self._at_observation
+        return Budget(self.of, now / self._own_left, now)
+
+    # -- acting ---------------------------------------------------------------------------------------------
+
+    def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
+        self._wanted = amount
+
+    def _act(self, trainer: Any, pl_module: Any) -> None:
+        """Do what was asked for at this batch's end."""
+        amount, self._wanted = self._wanted, None
+        if amount is None:
+            return
+        observed = self._observed
+        if observed is None:
+            raise ConfigurationError(f"{type(self).__name__}: no training batch has run the model so far")
+        budget = self._budget(pl_module)
+        if budget.needed(amount) > 0:
+            sizes = _own_sizes(pl_module)
+            shares = {path: size / self._sizes[path] for path, size in sizes.items() if self._sizes.get(path)}
+            uses = rescaled({path: use for path, use in observed.uses.items() if path in sizes}, shares)
+            if self._lost_neurons:
+                uses = self._seen_again(pl_module, uses)
+            params = sum(p.numel() for p in pl_module.parameters())
+            plan, saved = self._change(trainer, pl_module, uses, amount, budget)
+            if plan:
+                macs = observed.macs * self._macs_left / self._at_observation
+                left = float(trainer.strategy.broadcast(1 - saved / macs if macs else 1.0))
+                self._own_left *= left if self.of == "macs" else sum(p.numel() for p in pl_module.parameters()) / params
+                self._changed(trainer, pl_module, plan, left)
+            if amount >= self.amount and self._budget(pl_module).needed(amount) > 0:
+                self._said = True
+                rank_zero_warn(
+                    f"{type(self).__name__}: {1 - self._own_left:.3g} of amount={self.amount:g} of the {self.of} could "
+                    f"be reached, nothing else can go{listed(self.frozen_)}",
+                    category=NoEffectWarning,
+                )
+        self._met = amount >= self.amount
+
+    def _has_effect(self) -> bool:
+        return self._acted or self._said
+
+    def _seen_again(self, pl_module: Any, uses: Mapping[str, Use]) -> dict[str, Use]:
+        """What is known of modules that have lost neurons since: whether their outputs are still like their inputs."""
+        again = Observer(pl_module)
+        with undisturbed(pl_module), again.watch():
+            pl_module.eval()
+            for call in self._calls or ():
+                if call.repeatable:
+                    with suppress(Exception):  # what can't be run again is left alone
+                        run_calls(pl_module, [call])
+        unknown = Use(reason="has lost neurons, and could not be run again")
+        return {path: replace(use, reason=again.uses.get(path, unknown).reason) for path, use in uses.items()}
+
+    def _repeatable(self) -> list[ModuleCall] | None:
+        """The calls to check a change with; None where it isn't to be checked."""
+        return [call for call in self._calls or () if call.repeatable] if self.verify else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and what the amount is a fraction of, as plain data."""
+        return {**super().state_dict(), "own_left": self._own_left}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the plan of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._own_left = state_dict["own_left"]
+
+
+def _own_sizes(module: nn.Module) -> dict[str, int]:
+    """Elements of the weights that each module holds itself; what is added multiplies nothing."""
+    return {
+        path: sum(p.numel() for p in m.parameters(recurse=False) if p.dim() > 1) for path, m in module.named_modules()
+    }
