@@ -161,6 +161,10 @@ class PruningCallback(Callback):
     def _release(self) -> None:
         """Take out of model and optimizers what was put there for this run."""
 
+    def _why_nothing(self) -> str:
+        """Why nothing has been pruned."""
+        return f"amount={self.amount:g} rounds to nothing at all"
+
     def _has_effect(self) -> bool:
         """Whether anything has been pruned so far."""
         raise NotImplementedError
@@ -334,9 +338,7 @@ class PruningCallback(Callback):
                 category=NoEffectWarning,
             )
         elif not self._has_effect():
-            rank_zero_warn(
-                f"{type(self).__name__}: amount={self.amount:g} rounds to nothing at all", category=NoEffectWarning
-            )
+            rank_zero_warn(f"{type(self).__name__}: {self._why_nothing()}", category=NoEffectWarning)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""

@@ -18,6 +18,7 @@ from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.observe import Observer, Use, rescaled
 from lightning_prune.graph.run import run_calls, undisturbed
 from lightning_prune.pruning.budget import Budget, listed
+from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import METADATA, Prunable
 from lightning_prune.pruning.schedules import Schedule
@@ -195,11 +196,22 @@ class StructureCallback(PruningCallback):
         metadata[METADATA] = self._description(trainer)
 
     def _reshape(
-        self, trainer: Any, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any
+        self,
+        trainer: Any,
+        module: nn.Module,
+        state_dict: Any,
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        *args: Any,
     ) -> None:
         """Give the module the architecture of a state dict that is about to be loaded into it, smaller or larger.
 
         So do the copies that averaging callbacks hold: theirs is loaded next.
+
+        Raises:
+            PruningError: The state dict's plan is that of another model, or does not lead to its tensors; the module is
+                untouched.
         """
         described = metadata.get(METADATA, {})
         plan = Plan.from_dict(described["plan"]) if described else Plan({}, {})
@@ -208,7 +220,9 @@ class StructureCallback(PruningCallback):
         # A model that has lost more fits a smaller plan too.
         if plan != now if now else not plan.made(module):
             dense = now.dense_shapes(module)
-            if not described or any(dense.get(name) != shape for name, shape in plan.shapes.items()):
+            if described:
+                _check_plan(plan, dense, module, {k.removeprefix(prefix): v for k, v in state_dict.items()}, strict)
+            else:
                 loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
                 shapes = {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)}
                 for each in (module, *copies):
@@ -228,6 +242,42 @@ class StructureCallback(PruningCallback):
             state = _state_of(callback, described.get("callbacks", {}))
             if state is not None:
                 callback.load_state_dict(state)
+
+
+def _check_plan(
+    plan: Plan, dense: Mapping[str, list[int]], module: nn.Module, state: Mapping[str, Any], strict: bool
+) -> None:
+    """Raise a PruningError unless a plan fits a module's dense shapes, and leads to the tensors of a state dict."""
+    for name, shape in plan.shapes.items():
+        if dense.get(name) != list(shape):
+            had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
+            raise PruningError(
+                f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {type(module).__name__} has {had}"
+            )
+    if not strict:
+        return
+    for name, before in dense.items():
+        dims = plan.kept.get(name, {})
+        shape = [len(dims.get(dim, range(size))) for dim, size in enumerate(before)]
+        found = state.get(name)
+        if isinstance(found, Tensor) and list(found.shape) != shape and not inside(name, plan.removed):
+            raise PruningError(
+                f"the checkpoint is damaged, or of another model: {name!r} has shape {tuple(found.shape)}, its plan "
+                f"leads to {tuple(shape)}"
+            )
+    missing = [name for name in _persistent(module) if name not in state and not inside(name, plan.removed)]
+    if missing:
+        raise PruningError(f"the checkpoint is damaged, or of another model: it lacks {missing[0]!r}")
+
+
+def _persistent(module: nn.Module) -> set[str]:
+    """Names in the module's state dict, as far as they are parameters and buffers."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None and name not in part._non_persistent_buffers_set
+    }
 
 
 def _state_of(callback: StructureCallback, states: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -137,6 +138,7 @@ class NeuronPruning(StructureCallback):
         self._dense: Dense | None = None
         self._macs = 0.0
         self._pruned = 0.0
+        self._refused: list[dict[str, str]] = []
         self._latency_macs: float | None = None
         self._curves: Curves | None = None
         self._masked: Tensor | None = None
@@ -166,7 +168,7 @@ class NeuronPruning(StructureCallback):
 
     def _anew(self) -> None:
         self._dense, self._latency_macs, self._curves, self._seed = None, None, None, None
-        self._pruned, self._restored = 0.0, {}
+        self._pruned, self._refused, self._restored = 0.0, [], {}
 
     def _outdated(self, plan: Plan, macs: float) -> None:
         if self.groups_ is not None:  # the next batch is traced again
@@ -190,6 +192,10 @@ class NeuronPruning(StructureCallback):
     def _take(self, trainer: Any, pl_module: Any, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
         groups = draw_groups(trace)
+        for reasons in self._refused:  # in the order in which they were, since others may have come in their place
+            found = {number: reasons[key] for number, key in enumerate(groups.keys) if key in reasons}
+            groups = groups.refuse(found) if found else groups
+        _check_ranks(trainer, groups)
         try:
             allowed = self._choice.allowed(pl_module, groups, self._judge)
             macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
@@ -269,10 +275,22 @@ class NeuronPruning(StructureCallback):
 
         handles = [optimizer.register_step_pre_hook(step(True)) for optimizer in trainer.optimizers]
         handles += [optimizer.register_step_post_hook(step(False)) for optimizer in trainer.optimizers]
+        module = trainer.lightning_module
+        original = module.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            tracer.paused = False
+            try:
+                return original(*args, **kwargs)
+            finally:  # what callbacks do at the batch's end is no part of the model
+                tracer.paused = True
+
+        module.__dict__["training_step"] = training_step
         try:
             with tracer.watch():
                 yield
         finally:
+            module.__dict__.pop("training_step", None)
             for handle in handles:
                 handle.remove()
 
@@ -352,7 +370,12 @@ class NeuronPruning(StructureCallback):
             self._judge.seed = mix_seed(self._seed or 0, str(trainer.global_step))
 
         def choose(groups: Groups) -> Tensor:
-            allowed = self._choice.allowed(pl_module, groups, self._judge)
+            try:
+                allowed = self._choice.allowed(pl_module, groups, self._judge)
+            except PruningError:
+                if groups is drawn:
+                    raise
+                return torch.ones(groups.neurons, dtype=torch.bool)  # no removal has worked; the run goes on
             if groups is not drawn and whole is not None:  # groups whose removal fails are no part of what can go
                 gone = set(drawn.keys) - set(groups.keys)
                 sizes = {key: size for key, size in whole.sizes.items() if key not in gone}
@@ -388,6 +411,7 @@ class NeuronPruning(StructureCallback):
             verify=self.verify,
             repair=repair,
             keep=now,
+            refused=self._refused.append,
         )
         self._judge.forget()
         if isinstance(self._judge, Activation):
@@ -447,6 +471,12 @@ class NeuronPruning(StructureCallback):
         size = batch_size(self.groups_.calls)
         return round(self._dense.macs / size), round(self._macs / size)
 
+    def _why_nothing(self) -> str:
+        reasons = [f"{key.partition('#')[0]}: {why}" for refused in self._refused for key, why in refused.items()]
+        if reasons:
+            return f"nothing could be removed of amount={self.amount:g}. {'; '.join(reasons)}"
+        return super()._why_nothing()
+
     def _release(self) -> None:
         super()._release()
         for hook in self._handles:
@@ -465,6 +495,7 @@ class NeuronPruning(StructureCallback):
             "dense": None if self._dense is None else asdict(self._dense),
             "macs": self._macs,
             "pruned": self._pruned,
+            "refused": [dict(reasons) for reasons in self._refused],
             "latency_macs": self._latency_macs,
             "curves": None if self._curves is None else dict(self._curves),
             "seed": self._seed,
@@ -485,10 +516,29 @@ class NeuronPruning(StructureCallback):
         self._dense = None if state_dict["dense"] is None else Dense(**state_dict["dense"])
         self._macs = state_dict["macs"]
         self._pruned = state_dict["pruned"]
+        self._refused = [dict(reasons) for reasons in state_dict["refused"]]
         self._latency_macs = state_dict["latency_macs"]
         self._curves = state_dict["curves"]
         self._seed = state_dict["seed"]
         self._restored = {key: state_dict[key] for key in ("masked", "sums")}
+
+
+def _check_ranks(trainer: Any, groups: Groups) -> None:
+    """Processes must agree on what neuron a number means, before one tells the others which to keep.
+
+    Raises:
+        ConfigurationError: They don't; on all of them.
+    """
+    if trainer.world_size == 1:
+        return
+    told = "\n".join(f"{key} {group.size}" for key, group in zip(groups.keys, groups.prunable, strict=True))
+    own = torch.tensor([zlib.crc32(told.encode())])
+    every = trainer.strategy.all_gather(own.to(trainer.strategy.root_device)).flatten()
+    if len(every.unique()) > 1:
+        raise ConfigurationError(
+            "NeuronPruning: the processes have different models, or ran different parts of them on their first batch; "
+            f"process {trainer.global_rank} has {len(groups.prunable)} groups: {told.replace(chr(10), ', ')}"
+        )
 
 
 def _ends(trainer: Any) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "cuda_devices",
     "named_tensors",
+    "plain_encoders",
     "run_calls",
     "same_buffers",
     "traced",
@@ -118,6 +119,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def plain_encoders(plain: bool = True) -> Iterator[None]:
+    """Inside, torch runs the parts of an encoder layer one by one, or (``plain=False``) as one where it can.
+
+    The one fused operation reads the parameters of all parts, so that nothing can stand in for one of them.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(not plain)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

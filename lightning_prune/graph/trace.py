@@ -150,6 +150,7 @@ class Tracer:
         """Prepare to watch ``model``; ``wrapped``: it is called by another module, such as DDP, never directly."""
         self.trace = Trace()
         self.stepping = False
+        self.paused = False
         self._model = model
         self._wrapped = wrapped
         self._known: Any = WeakTensorKeyDictionary()
@@ -202,7 +203,7 @@ class Tracer:
         closure that an optimizer may call runs with gradients enabled, unlike the step around it.
         """
         in_step = self.stepping and not torch.is_grad_enabled()
-        return not (in_step or in_backward() or (self._wrapped and not self._stack.running))
+        return not (self.paused or in_step or in_backward() or (self._wrapped and not self._stack.running))
 
     @property
     def has_read(self) -> bool:

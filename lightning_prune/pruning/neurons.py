@@ -24,7 +24,7 @@ from lightning_prune.graph.callsites import (
     remove_patches,
 )
 from lightning_prune.graph.groups import Group, Groups, find_groups
-from lightning_prune.graph.run import cuda_devices, named_tensors, run_calls, undisturbed
+from lightning_prune.graph.run import cuda_devices, named_tensors, plain_encoders, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
 from lightning_prune.graph.tree import tensors as tensors_of
@@ -251,6 +251,7 @@ def remove_chosen(
     verify: bool = True,
     repair: Callable[[Groups, Tensor], Repair] = lambda groups, alive: Repair(),
     keep: bool = True,
+    refused: Callable[[dict[str, str]], None] = lambda reasons: None,
 ) -> tuple[Plan, Groups, Tensor, dict[str, Tensor]]:
     """Remove what ``choose`` picks. Groups that turn out not to fit are drawn along another axis, or frozen.
 
@@ -261,6 +262,7 @@ def remove_chosen(
         optimizers: Those that hold its parameters.
         verify: Compare the outputs with those of the masked model.
         repair: Notes what the whole model does, to make up for the removal.
+        refused: Hears of groups whose removal fails: their keys, and why.
         keep: Keep the model pruned; or only find out what can go, and put everything back.
 
     Returns:
@@ -283,6 +285,7 @@ def remove_chosen(
             faulty = _faulty(model, groups, alive, verify)
             if not faulty:
                 raise
+            refused({groups.keys[number]: reason for number, reason in faulty.items()})
             groups = groups.refuse(faulty)
             continue
         try:
@@ -376,7 +379,7 @@ def _attempt(
     ]
     tensors = named_tensors(model)
     counts = groups.counts(alive)
-    with undisturbed(model):
+    with undisturbed(model), plain_encoders():
         model.eval()
         masked = MaskedModel(model, kept, groups.unmasked, groups.own)
         compare = verify and all(group.exact or masked.norms.keys() >= set(group.mixing) for group in touched)
@@ -461,6 +464,9 @@ class _Check:
         patches, actual = _patch_sizes(model, groups, alive, self.calls)
         if patches:
             actual = run_calls(model, self.calls)
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+            with plain_encoders(False):  # as users run them
+                actual = run_calls(model, self.calls)
         for call, wanted, got in zip(self.calls, self.expected, actual, strict=True):
             # A part's output may shrink, the model's never; where shapes depend on values they may differ.
             fixed = call.path == "" and not groups.data_dependent

@@ -21,7 +21,7 @@ __all__ = ["COMPENSATIONS", "Repair", "add_to", "recalibrate"]
 
 COMPENSATIONS = ("least_squares",)
 
-RIDGE = 1e-3
+RIDGE = 1e-5
 """Added to the diagonal, relative to its mean: a few batches don't determine wide layers."""
 
 ROWS = 1 << 14
@@ -44,7 +44,7 @@ class _Reader:
         gram: Products of its inputs, shape (in · positions + 1, …): the last stands for the bias.
         low: Smallest value of each input, shape (in,); with ``high``, constants are known by it.
         high: Largest value.
-        norm: The batch norm that its output goes to directly.
+        norms: The batch norms that its output goes to directly.
     """
 
     gone: Tensor
@@ -52,7 +52,7 @@ class _Reader:
     gram: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
-    norm: str | None = None
+    norms: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -69,6 +69,8 @@ class Repair:
     readers: dict[str, _Reader] = field(default_factory=dict)
     least_squares: bool = False
     reduce: Reduce = _as_it_is
+    shared: set[str] = field(default_factory=set)
+    """Batch norms that get something else too."""
 
     @classmethod
     def of(
@@ -128,7 +130,9 @@ class Repair:
         def norm(module: nn.Module, args: tuple[Any, ...]) -> None:
             given = outputs.get(id(args[0])) if args else None
             if given is not None and given[0] is args[0]:
-                self.readers[given[1]].norm = norms[id(module)]
+                self.readers[given[1]].norms.add(norms[id(module)])
+            else:
+                self.shared.add(norms[id(module)])
 
         handles = []
         try:
@@ -167,12 +171,17 @@ class Repair:
                 found |= {prefix + name: each for name, each in self._solved(path, modules[path], reader).items()}
             elif reader.low is not None and reader.high is not None:
                 shift = _constant(reader, reader.low, reader.high)
-                norm: Any = modules.get(reader.norm) if reader.norm is not None else None
                 if shift is not None and modules[path].bias is not None:
                     found[f"{prefix}bias"] = shift
-                elif shift is not None and norm is not None and norm.running_mean is not None:
-                    found[f"{reader.norm}.running_mean"] = -shift
+                elif shift is not None:
+                    found |= {f"{norm}.running_mean": -shift for norm in self._own_norms(path, modules)}
         return found
+
+    def _own_norms(self, path: str, modules: Mapping[str, Any]) -> set[str]:
+        """The batch norms behind a layer that see its output and nothing else."""
+        others = set[str]().union(*(other.norms for name, other in self.readers.items() if name != path))
+        own = self.readers[path].norms - others - self.shared
+        return {norm for norm in own if modules[norm].running_mean is not None}
 
     def _solved(self, path: str, layer: Any, reader: _Reader) -> dict[str, Tensor]:
         size = reader.weight[0, 0].numel() if reader.weight.dim() > 2 else 1
@@ -198,7 +207,8 @@ class Repair:
 
 def _constant(reader: _Reader, low: Tensor, high: Tensor) -> Tensor | None:
     """What the removed inputs added to each output, where they are constants; zeros around an image make them none."""
-    constant = reader.gone.to(low.device) & (low == high)
+    largest = torch.maximum(low.abs(), high.abs())  # vectorised and scalar code may round differently
+    constant = reader.gone.to(low.device) & (high - low <= 8 * torch.finfo(low.dtype).eps * largest)
     if not bool(constant.any()):
         return None
     value = torch.where(constant, low, torch.zeros_like(low)).double()

@@ -460,7 +460,8 @@ def _by_share(
     left = torch.ones(groups.neurons, dtype=torch.bool)
     for key, group in zip(groups.keys, groups.prunable, strict=True):
         whole = dense.sizes.get(key, group.size)
-        goal = round(shares.get(key, 0.0) * part * whole) - (whole - group.size)
+        asked = shares.get(key, 0.0) * part * whole
+        goal = (round(asked) if round_to == 1 else asked) - (whole - group.size)
         if goal <= 0:
             continue
         ends = [0, *ranked[key].ends.tolist()] if key in ranked else [0]

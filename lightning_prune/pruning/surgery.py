@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import named_tensors
-from lightning_prune.pruning.attention import install_narrow_attention, remove_narrow_attention
+from lightning_prune.pruning.attention import NarrowAttention, install_narrow_attention, remove_narrow_attention
 
 __all__ = [
     "Attributes",
@@ -209,12 +209,18 @@ def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, numbers: Mappi
     value: Any = weight if packed else module.v_proj_weight
     sizes = {"num_heads": heads, "head_dim": size, "embed_dim": weight.size(1)}
     sizes |= {"kdim": key.size(1), "vdim": value.size(1)}
-    scale = module.head_dim**-0.5
+    before = module.__dict__.get("forward")
+    narrow = isinstance(before, NarrowAttention)
+    scale = before.scale if isinstance(before, NarrowAttention) else module.head_dim**-0.5
     for attribute, number in sizes.items():
         set_attribute(path, module, attribute, number, change)
     if heads * size != weight.size(1) or size != round(scale**-2):
         change.steps.append(install_narrow_attention(module, scale))
         set_attribute(path, module, "_qkv_same_embed_dim", False, change)  # keeps torch's fast path off
+    elif narrow:  # the width has followed since
+        change.steps.append(_setter(module.__dict__, "forward", before))
+        remove_narrow_attention(module)
+        set_attribute(path, module, "_qkv_same_embed_dim", packed, change)
 
 
 def _setter(target: Any, key: Any, value: Any) -> Undo:
