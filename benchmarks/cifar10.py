@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -108,7 +109,7 @@ class Recipe:
     lr: float  # of SGD with Nesterov momentum 0.9
     weight_decay: float
     ours: dict[str, Any] = field(default_factory=dict)  # arguments of NeuronPruning
-    theirs: dict[str, Any] = field(default_factory=dict)  # of BasePruner; importance and p: of their importance
+    theirs: dict[str, Any] = field(default_factory=dict)  # of torch-pruning, see TorchPruning
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -201,7 +202,7 @@ class Classifier(L.LightningModule):
         weight_decay = self.recipe.weight_decay
         return torch.optim.SGD(self.parameters(), self.recipe.lr, 0.9, weight_decay=weight_decay, nesterov=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:  # noqa: D102
+    def configure_optimizers(self) -> Any:  # noqa: D102
         optimizer = self.new_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -225,7 +226,8 @@ class TorchPruning(L.Callback):
 
     Args:
         amounts: Fraction of the dense MACs that is to be gone at the end of each epoch.
-        options: Arguments of BasePruner; ``importance`` and ``p`` name its importance.
+        options: Arguments of BasePruner; ``importance`` and ``p`` name its importance, ``ignore`` (a glob) the layers
+            that it leaves alone beside the last one.
     """
 
     def __init__(self, amounts: Sequence[float], options: dict[str, Any]) -> None:
@@ -239,7 +241,9 @@ class TorchPruning(L.Callback):
         options = dict(self.options)
         named = {"p": options.pop("p")} if "p" in options else {}
         importance = getattr(tp.importance, options.pop("importance", "GroupMagnitudeImportance"))(**named)
-        defaults = {"pruning_ratio": 1.0, "iterative_steps": TP_STEPS, "ignored_layers": [net[-1]]}
+        pattern = options.pop("ignore", "")
+        ignored = [net[-1], *(module for name, module in net.named_modules() if name and fnmatchcase(name, pattern))]
+        defaults = {"pruning_ratio": 1.0, "iterative_steps": TP_STEPS, "ignored_layers": ignored}
         return tp.pruner.BasePruner(net, images, importance, **(defaults | options))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -318,7 +322,8 @@ class Bench:
         callbacks: list[L.Callback] = [watch]
         net = new(recipe, seed)
         dense = self.macs(net)
-        pruning = NeuronPruning(1 - 1 / factor, **({"of": "macs", "report": False} | recipe.ours))
+        options: dict[str, Any] = {"of": "macs", "report": False, **recipe.ours}
+        pruning = NeuronPruning(1 - 1 / factor, **options)
         if side == "ours":
             callbacks.append(pruning)
         elif side == "torch-pruning":
@@ -435,8 +440,25 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
+# Chosen with --held-out, seed 0 alone, lenet, batches of 128, 10 epochs; accuracies there in %, of 5000 images, so that
+# a point is within chance:
+# dense: lr 0.02 63.96, 0.05 66.72, 0.1 63.54; the others at 0.05 and 2 times fewer MACs:
+# ours: end 0.2 59.94, 0.5 59.88, 0.8 59.72; one_shot at the second epoch 58.44, scope layer 56.40,
+#     exclude *conv2 59.92.
+# from scratch, by widths: 3/13/120/84 59.58, 3/16/59/84 61.48, 3/15/78/84 62.14, 4/8/30/84 56.72.
+# torch-pruning: as it is 56.66, p 1 56.36, global 57.02, global with ignore fc* 59.90.
+# The epochs are what there was time for. Nothing was chosen for the other networks.
 NETS = {
-    "lenet": Recipe("LeNet", LeNet, epochs=30, seeds=3, batch=64, lr=0.05, weight_decay=5e-4),
+    "lenet": Recipe(
+        title="LeNet",
+        build=LeNet,
+        epochs=15,
+        seeds=3,
+        batch=128,
+        lr=0.05,
+        weight_decay=5e-4,
+        theirs={"global_pruning": True, "ignore": "fc*"},
+    ),
     "resnet20": Recipe("ResNet-20", lambda: resnet(20), epochs=10, seeds=1, batch=128, lr=0.1, weight_decay=5e-4),
     "resnet56": Recipe("ResNet-56", lambda: resnet(56), epochs=100, seeds=1, batch=128, lr=0.1, weight_decay=5e-4),
     "vgg16_bn": Recipe("VGG-16-BN", vgg16_bn, epochs=100, seeds=1, batch=128, lr=0.05, weight_decay=5e-4),
@@ -469,7 +491,7 @@ def parse() -> argparse.Namespace:
         type=option,
         default=[],
         metavar="KEY=VALUE",
-        help="of torch-pruning's BasePruner; importance and p: class and argument of its importance",
+        help="of torch-pruning's BasePruner; importance and p: class and argument of its importance; ignore: a glob",
     )
     for name in ("epochs", "batch", "lr", "weight-decay"):
         parser.add_argument(

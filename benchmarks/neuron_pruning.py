@@ -59,11 +59,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         batch, tokens, _ = x.shape
-        parts = [
+        queries, keys, values = (
             layer(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
             for layer in (self.queries, self.keys, self.values)
-        ]
-        mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
+        )
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         made: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         return made
 
