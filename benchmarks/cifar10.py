@@ -1,7 +1,7 @@
 """The table of neuron pruning on CIFAR-10: dense, `NeuronPruning`, torch-pruning, and the small network from scratch.
 
     python ../shared/data/unpack.py data
-    python benchmarks/cifar10.py [--nets lenet resnet20] [--factors 2 2.5] [--seeds 3] [--csv FILE] [--quick]
+    python benchmarks/cifar10.py [--nets lenet resnet20] [--factors 2 2.5] [--seeds 0 1 2] [--csv FILE] [--quick]
     python benchmarks/cifar10.py --held-out --sides ours --criterion l1 --options scope=layer end=0.3
 
 Every side trains from its first weights for the same number of epochs, with the same images, optimizer and learning
@@ -355,9 +355,9 @@ class Bench:
         device = next(net.parameters()).device
         return count_cost(net, torch.zeros(1, 3, 32, 32, device=device)).macs
 
-    def run(self, sides: Sequence[str], factors: Sequence[float], seeds: int) -> Iterator[Row]:
+    def run(self, sides: Sequence[str], factors: Sequence[float], seeds: Sequence[int]) -> Iterator[Row]:
         """All rows, seed after seed, so that what there is so far is a table."""
-        for seed in range(seeds):
+        for seed in seeds:
             if "dense" in sides:
                 yield self.measure("dense", 1.0, seed)
             for factor in factors:
@@ -482,7 +482,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nets", nargs="+", choices=list(NETS), help="only these networks")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="from scratch needs ours")
     parser.add_argument("--factors", nargs="+", type=float, default=[2.0, 2.5], help="how many times fewer MACs")
-    parser.add_argument("--seeds", type=int, help="trainings of each side, instead of the recipe's number")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the trainings of each side, instead of the recipe's")
     parser.add_argument("--criterion", help="of NeuronPruning, instead of the recipe's")
     parser.add_argument("--options", nargs="+", type=option, default=[], metavar="KEY=VALUE", help="of NeuronPruning")
     parser.add_argument(
@@ -531,7 +531,7 @@ def main() -> None:
     for name in args.nets or (NETS if args.device == "cuda" else SMALL):
         recipe = recipe_of(name, args)
         for row in Bench(name, recipe, data).run(
-            args.sides, args.factors, 1 if args.quick else args.seeds or recipe.seeds
+            args.sides, args.factors, [0] if args.quick else args.seeds or range(recipe.seeds)
         ):
             rows.append(row)
             print("  ".join(f"{key} {show(value)}" for key, value in row.items()), flush=True)

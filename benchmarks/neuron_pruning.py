@@ -119,6 +119,7 @@ class Entry:
         output: Name of the layer that makes the output.
         heads: What torch-pruning has to be told of attention: model -> heads by layer.
         multiple: torch-pruning's widths must be multiples of it: MultiheadAttention keeps its number of heads.
+        mend: Tells the model sizes that torch-pruning leaves as they were.
     """
 
     build: Callable[[], nn.Module]
@@ -126,6 +127,7 @@ class Entry:
     output: str
     heads: Callable[[nn.Module], dict[nn.Module, int]] = lambda model: {}
     multiple: int = 1
+    mend: Callable[[Any], None] = lambda model: None
 
 
 def heads_of_gpt(model: nn.Module) -> dict[nn.Module, int]:
@@ -133,11 +135,15 @@ def heads_of_gpt(model: nn.Module) -> dict[nn.Module, int]:
     return {layer: each.heads for each in found for layer in (each.queries, each.keys, each.values)}
 
 
+def mend_vit(model: Any) -> None:
+    model.hidden_dim = model.conv_proj.out_channels
+
+
 MODELS = {
     "resnet18": Entry(partial(torchvisions, "resnet18"), images, "fc"),
     "resnet50": Entry(partial(torchvisions, "resnet50"), images, "fc"),
     "mobilenet_v2": Entry(partial(torchvisions, "mobilenet_v2"), images, "classifier.1"),
-    "vit_b_16": Entry(partial(torchvisions, "vit_b_16"), images, "heads.head", multiple=12),
+    "vit_b_16": Entry(partial(torchvisions, "vit_b_16"), images, "heads.head", multiple=12, mend=mend_vit),
     "gpt": Entry(GPT, lambda batch: torch.randint(4096, (batch, TOKENS)), "head", heads_of_gpt),
 }
 
@@ -162,6 +168,7 @@ def by_torch_pruning(entry: Entry, model: nn.Module, amount: float, round_to: in
         if pruner.current_step == TP_STEPS:
             raise RuntimeError("torch-pruning can't reach the budget")
         pruner.step()
+        entry.mend(model)
 
 
 # ------------------------------------------------------------------------------------------------------------- latency
