@@ -204,16 +204,16 @@ def sides(entry: Entry, amount: float, roundings: Sequence[int]) -> list[Side]:
 
 
 @torch.inference_mode()
-def times(models: Sequence[nn.Module], inputs: Tensor, seconds: float) -> list[float]:
+def times(models: Sequence[nn.Module], inputs: Tensor, seconds: float, clock: Callable[[], float]) -> list[float]:
     """Median time of one forward pass of each model, in turns, so that drift hits all alike."""
     taken: list[list[float]] = [[] for _ in models]
 
     def once(model: nn.Module) -> float:
-        began = time.perf_counter()
+        began = clock()
         model(inputs)
         if inputs.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     for model in models:
         once(model)  # warm-up
@@ -227,6 +227,7 @@ def times(models: Sequence[nn.Module], inputs: Tensor, seconds: float) -> list[f
     return [median(mine) for mine in taken]
 
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 Row = dict[str, Any]
 
 
@@ -242,7 +243,7 @@ def latency(args: argparse.Namespace) -> list[Row]:
             torch.set_num_threads(threads or 1)
             models = [side.model.to(device) for side in made]
             for batch in args.batches:
-                spent = times(models, entry.inputs(batch).to(device), args.seconds)
+                spent = times(models, entry.inputs(batch).to(device), args.seconds, CLOCKS[args.clock])
                 for side, each in zip(made, spent, strict=True):
                     fewer, faster = made[0].macs / side.macs, spent[0] / each
                     rows.append(
@@ -397,6 +398,9 @@ def main() -> None:
     parser.add_argument("--round-to", nargs="+", type=int, default=[8], help="of both tools; epochs takes the last")
     parser.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=devices)
     parser.add_argument("--seconds", type=float, default=20.0, help="per row of latency; five rounds at least")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="of latency; cpu, with one thread, where others work too"
+    )
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="per epoch")
     parser.add_argument("--quick", action="store_true", help="two small networks, short times: does it run at all?")
