@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune import NeuronPruning, Plan, Report, WeightPruning, save_pruned
+from lightning_prune.pruning.latency import latencies
 from lightning_prune.report.report import Row, build_report
-from lightning_prune.report.run import latencies
 
 pytestmark = LIGHTNING_WARNINGS
 
