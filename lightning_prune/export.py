@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_prune.activations.apply import Change, apply_changes, present_activations, take_back_changes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
@@ -61,6 +63,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
             "shapes": shapes,
             "aliases": aliases,
             "patches": [patch.to_dict() for patch in installed_patches(model)],
+            "activations": {name: each.to_dict() for name, each in present_activations(model).items()},
             "transient": list(transient),
             "numbers": _numbers(model),
         }
@@ -136,7 +139,7 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         PruningError: The file is damaged or no file of ours, or it doesn't fit the model; ``model`` is untouched.
     """
-    state, transient, patches, numbers = _read(path)
+    state, transient, patches, numbers, activations = _read(path)
     expected = model.state_dict()
     if set(state) != set(expected):
         missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
@@ -146,11 +149,13 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         name: value for name, value in transient.items() if name in buffers and fits(value.shape, buffers[name].shape)
     }
     shapes = {name: list(tensor.shape) for name, tensor in (state | transient).items()}
+    chosen = _differing(model, activations)
     change = fit_shapes(model, shapes, _fitting(model, numbers))
     before = installed_patches(model)
     values = [(tensor, tensor.detach().clone()) for tensor in named_tensors(model).values()]
     try:
         install_patches(model, patches)
+        apply_changes(model, chosen)
         model.load_state_dict(state)
         with torch.no_grad():
             for name, value in transient.items():
@@ -160,10 +165,25 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
             for tensor, value in values:
                 tensor.copy_(value)
         change.undo()
+        take_back_changes(model, chosen)
         remove_patches(model)
         install_patches(model, before)
         raise
     return model
+
+
+def _differing(model: nn.Module, activations: Mapping[str, Change]) -> dict[str, Change]:
+    """Those of the saved activations that the model doesn't have anyway, and what it has there."""
+    own = present_activations(model)
+    chosen = {name: each for name, each in activations.items() if each.owner is not None or name in own}
+    missing = sorted(set(activations) - set(chosen))
+    if missing:
+        raise PruningError(f"{type(model).__name__} has no activation module {missing[0]!r}, which the file holds")
+    return {
+        name: each if each.owner is not None else replace(each, before=own[name].after)
+        for name, each in chosen.items()
+        if name not in own or own[name].after != each.after
+    }
 
 
 def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
@@ -176,8 +196,10 @@ def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
     }
 
 
-def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers]:
-    """The state dict, the buffers beside it, the patches and the integers that modules hold."""
+def _read(
+    path: str | PathLike[str],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers, dict[str, Change]]:
+    """The state dict, the buffers beside it, the patches, the integers that modules hold and the activations."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
@@ -194,6 +216,7 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tenso
         state.update({name: state[first] for name, first in content["aliases"].items()})
         transient = {name: state.pop(name) for name in content["transient"]}
         patches = [SizePatch.from_dict(patch) for patch in content["patches"]]
-        return state, transient, patches, content.get("numbers", {})
+        activations = {name: Change.from_dict(each) for name, each in content.get("activations", {}).items()}
+        return state, transient, patches, content.get("numbers", {}), activations
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error

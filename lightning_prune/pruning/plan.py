@@ -1,4 +1,4 @@
-"""Plan: the frozen record of which neurons were kept; plain data, replayable on a fresh model."""
+"""Plan: the frozen record of which neurons were kept and which activations were chosen; plain data, replayable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.activations.apply import Change, apply_changes, merge_changes, take_back_changes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
@@ -28,6 +29,7 @@ class Plan:
         counts: Buffers that hold indices -> the indices kept of what they count along.
         approximate: Pruned layers whose neurons an operation reads together -> those operations.
         frozen: Parameter dimensions that had to stay -> why.
+        activations: Activation site -> what was chosen there, and what it was.
     """
 
     kept: dict[str, dict[int, list[int]]]
@@ -37,9 +39,10 @@ class Plan:
     counts: dict[str, list[int]] = field(default_factory=dict)
     approximate: dict[str, str] = field(default_factory=dict)
     frozen: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, Change] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.kept)
+        return bool(self.kept or self.activations)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: dict, list, str and int only, so JSON and ``weights_only=True`` take it."""
@@ -54,6 +57,7 @@ class Plan:
             "counts": {name: list(index) for name, index in self.counts.items()},
             "approximate": dict(self.approximate),
             "frozen": dict(self.frozen),
+            "activations": {name: change.to_dict() for name, change in self.activations.items()},
         }
 
     @classmethod
@@ -78,6 +82,7 @@ class Plan:
                 counts={name: [int(i) for i in index] for name, index in data.get("counts", {}).items()},
                 approximate=dict(data["approximate"]),
                 frozen=dict(data["frozen"]),
+                activations={name: Change.from_dict(each) for name, each in data.get("activations", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise PruningError(f"not a plan: {type(error).__name__}: {error}") from error
@@ -98,10 +103,14 @@ class Plan:
                 )
         after = {path: {name: value for name, (_, value) in named.items()} for path, named in self.attributes.items()}
         change = shrink(model, self.kept, counts=self.counts, numbers=after)
+        before = installed_patches(model)
         try:
             install_patches(model, self.patches)
+            apply_changes(model, self.activations)
         except BaseException:
             change.undo()
+            remove_patches(model)
+            install_patches(model, before)
             raise
 
     def take_back(self, model: nn.Module) -> None:
@@ -109,6 +118,7 @@ class Plan:
 
         For measuring what it was, and before another state is loaded into it.
         """
+        take_back_changes(model, self.activations)
         enlarge(model, self.shapes, self.attributes)
         ours = {(patch.site, patch.dim): patch.before for patch in self.patches}
         before = [ours.get((patch.site, patch.dim), patch) for patch in installed_patches(model)]
@@ -142,6 +152,7 @@ class Plan:
             counts=counts,
             approximate={**self.approximate, **later.approximate},
             frozen=later.frozen,
+            activations=merge_changes(self.activations, later.activations),
         )
 
 
