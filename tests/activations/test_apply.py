@@ -107,7 +107,7 @@ def test_two_plans_merge_into_what_both_did() -> None:
     both.take_back(fresh)
     assert fresh[1].negative_slope == 0.2
     left = find_activations(net, x64()).left
-    assert [site.name for site in left] == ["0.relu#0", "0.elu#0", "0.relu#1"]
+    assert [site.name for site in left] == ["0.relu#0", "0.tanh#0", "0.relu#1", "0.relu#2"]
     assert "replaced already" in left[0].left
 
 
