@@ -1,6 +1,8 @@
 """Pruning callbacks for PyTorch Lightning: masked weights, physically removed neurons, a plain nn.Module."""
 
-from lightning_prune.callbacks import NeuronPruning, WeightPruning
+from lightning_prune.activations.candidates import register_activation
+from lightning_prune.activations.sites import find_activations
+from lightning_prune.callbacks import ActivationSearch, NeuronPruning, WeightPruning
 from lightning_prune.errors import NoEffectWarning, PruningError, SurgeryError, TraceError
 from lightning_prune.export import load_pruned, save_pruned
 from lightning_prune.graph.groups import find_groups
@@ -15,6 +17,7 @@ from lightning_prune.sparse import to_semi_structured
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationSearch",
     "NeuronPruning",
     "NoEffectWarning",
     "Plan",
@@ -25,11 +28,13 @@ __all__ = [
     "WeightPruning",
     "count_cost",
     "create_lr_scheduler",
+    "find_activations",
     "find_groups",
     "load_pruned",
     "preview_lr",
     "prune_neurons",
     "prune_weights",
+    "register_activation",
     "save_pruned",
     "to_semi_structured",
 ]

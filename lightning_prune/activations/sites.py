@@ -98,6 +98,27 @@ class Sites:
         head = f"{len(self.sites)} activation sites, {len(self.left)} left alone"
         return "\n".join([head, *(f"  {site}" for site in (*self.sites, *self.left))])
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "sites": [site.to_dict() for site in self.sites],
+            "left": [site.to_dict() for site in self.left],
+            "calls": {owner: [list(call) for call in calls] for owner, calls in self.calls.items()},
+            "nested": {owner: list(paths) for owner, paths in self.nested.items()},
+            "varying": list(self.varying),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sites:
+        """From what `to_dict` gave."""
+        return cls(
+            tuple(map(Site.from_dict, data["sites"])),
+            tuple(map(Site.from_dict, data["left"])),
+            {owner: tuple((call[0], call[1]) for call in calls) for owner, calls in data["calls"].items()},
+            {owner: tuple(paths) for owner, paths in data["nested"].items()},
+            tuple(data["varying"]),
+        )
+
     def pick(self, include: Sequence[str] | None, exclude: Sequence[str] | None, gates: bool = False) -> Sites:
         """Only those that some ``include`` pattern matches (None: all) and no ``exclude`` pattern does.
 
@@ -193,9 +214,19 @@ def _key(event: _Event) -> _Key:
 class SiteFinder(TorchFunctionMode):
     """Observes runs of a model; `sites` tells what was seen."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, quantiles: Sequence[float] = (), per_channel: bool = False) -> None:
+        """Observe a model.
+
+        Args:
+            model: It may run more than once.
+            quantiles: Of the positive inputs of each ReLU; `thresholds` has them.
+            per_channel: Of each channel (dimension 1 of 2, 4 or 5).
+        """
         super().__init__()
         self.model = model
+        self.quantiles, self.per_channel = tuple(quantiles), per_channel
+        self._inputs: dict[_Key, Tensor] = {}
+        self._before: Tensor | None = None
         self.paths = {module: path for path, module in model.named_modules()}
         self.runs: dict[str, list[list[_Event]]] = {}
         self.nested: dict[str, dict[str, None]] = {}
@@ -236,6 +267,8 @@ class SiteFinder(TorchFunctionMode):
             return
         self._use((args, kwargs))
         if self._leaf or self._is_leaf(module):
+            if not self._leaf and self.quantiles and args and isinstance(args[0], Tensor):
+                self._before = args[0].detach().clone()
             self._leaf += 1
             return
         if all(frame.path is None for frame in self._frames):
@@ -288,6 +321,8 @@ class SiteFinder(TorchFunctionMode):
             return result
         x = args[0] if args else kwargs["input"]
         shape = tuple(x.shape)
+        if self.quantiles:
+            self._before = x.detach().clone()
         result = func(*args, **kwargs)
         if self._frame is None:
             self.outside.append(entry.name)
@@ -313,6 +348,9 @@ class SiteFinder(TorchFunctionMode):
         frame.counts[function or ""] = number + 1
         event = _Event(function, number, module, own, shape or tuple(output.shape), frame.path)
         frame.events.append(event)
+        if self._before is not None and own == Choice("relu"):
+            self._inputs[_key(event)] = self._before
+        self._before = None
         given = None
         if output is x:
             # A new name for the same memory: if the forward uses the old one, it relies on the change.
@@ -344,6 +382,23 @@ class SiteFinder(TorchFunctionMode):
             # What a gate is multiplied by is no gate itself.
             if tagged[1].function in _BOUNDED or not gated:
                 self._gates.add(_key(tagged[1]))
+
+    def thresholds(self, sites: Sites) -> dict[str, tuple[float | tuple[float, ...], ...]]:
+        """Site -> the quantiles of what is positive in its input, for the ReLUs.
+
+        A threshold has no gradient where it is a step, so it is chosen among such values.
+        """
+        places = {(s.owner, s.function, s.call): s.name for s in sites.sites if s.module is None}
+        modules = {site.module: site.name for site in sites.sites if site.module is not None}
+        found: dict[str, tuple[float | tuple[float, ...], ...]] = {}
+        for (owner, function, number, module), x in self._inputs.items():
+            name = modules.get(module or "") or places.get((owner, function or "", number))
+            if name is not None:
+                channels = self.per_channel and x.dim() in (2, 4, 5)
+                parts = x.transpose(0, 1).flatten(1).unbind(0) if channels else (x,)
+                rows = [[_quantile(part, q) for part in parts] for q in self.quantiles]
+                found[name] = tuple(tuple(row) if channels else row[0] for row in rows)
+        return found
 
     def sites(self) -> Sites:
         """What was seen so far."""
@@ -403,6 +458,14 @@ class SiteFinder(TorchFunctionMode):
         for path in varying:
             found = found.shared(path)
         return found
+
+
+def _quantile(x: Tensor, q: float) -> float:
+    """Of the positive values; 0 where there is none. Sorted, because torch.quantile takes 16 million at most."""
+    positive = x[x > 0].flatten().float()
+    if not positive.numel():
+        return 0.0
+    return float(positive.kthvalue(min(int(q * positive.numel()), positive.numel() - 1) + 1).values)
 
 
 def _choice_with(name: str, settings: Mapping[str, Any]) -> Choice | None:
