@@ -201,7 +201,7 @@ class Mixture:
                 continue
             value = self.values.get((number, place))
             if value is not None:
-                plain: Value = tuple(value.flatten().tolist()) if value.dim() else float(value)
+                plain: Value = tuple(value.flatten().tolist()) if value.dim() else float(value.detach())
                 option = Choice(option.name, ((LEARNED[option.name], plain),))
             chosen |= {name: option for name in unit.sites if option != self.sites[name].own}
         return chosen

@@ -346,7 +346,9 @@ class SiteFinder(TorchFunctionMode):
         assert frame.path is not None
         number = frame.counts.get(function or "", 0)
         frame.counts[function or ""] = number + 1
-        event = _Event(function, number, module, own, shape or tuple(output.shape), frame.path)
+        # Plain integers: while neurons are traced, sizes are numbers that remember where they come from.
+        sizes = tuple(map(int, shape or output.shape))
+        event = _Event(function, number, module, own, sizes, frame.path)
         frame.events.append(event)
         if self._before is not None and own == Choice("relu"):
             self._inputs[_key(event)] = self._before

@@ -476,22 +476,24 @@ class ActivationSearch(Callback):
         if mixture is None:
             raise ConfigurationError("ActivationSearch: no activation site to search; the first batch ran no module")
         runs = ShortRuns(trainer, pl_module, training, held or training)
-        lost: set[tuple[str, str]] = set()
+        finite: dict[tuple[int, int], bool] = {}
 
         def loss(picks: Sequence[int]) -> float:
             chosen = _picked(mixture, picks)
             found = runs.loss(partial(self._with, pl_module, chosen), self.trial_steps)
             self.history_.append({"choices": {name: str(choice) for name, choice in chosen.items()}, "loss": found})
             for unit, place in enumerate(picks):
-                changed = sum(map(bool, picks)) == 1
-                if place and changed and math.isinf(found):
-                    lost.add((mixture.units[unit].name, mixture.units[unit].labels()[place]))
+                finite[unit, place] = finite.get((unit, place), False) or math.isfinite(found)
             return found
 
         search = self._greedy if self.strategy == "greedy" else self._sampled
         picks, found, without = search(mixture, loss)
-        for unit, label in sorted(lost):
-            rank_zero_warn(f"ActivationSearch: {label} gave a loss that is not finite at {unit} and is dropped there")
+        for number, place in sorted(place for place, well in finite.items() if place[1] and not well):
+            unit = mixture.units[number]
+            rank_zero_warn(
+                f"ActivationSearch: {unit.labels()[place]} gave a loss that is not finite at {unit.name} and is "
+                "dropped there"
+            )
         chosen = _picked(mixture, picks)
         self._commit(trainer, pl_module, chosen)
         self._tell(trainer, chosen, {}, found, without)
@@ -515,7 +517,6 @@ class ActivationSearch(Callback):
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
         study.enqueue_trial({f"{n}": 0 for n in range(len(mixture.units))})
         without = math.inf
-        counts = [len(unit.options) for unit in mixture.units]
 
         def objective(trial: Any) -> float:
             nonlocal without
