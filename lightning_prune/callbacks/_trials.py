@@ -109,6 +109,11 @@ class ShortRuns:
         weights = [p.detach().clone() for p in parameters]
         grads = [p.grad for p in parameters]
         state = {p: copy.deepcopy(each) for p, each in optimizer.state.items()}
+        # Hooks of other callbacks (masks, gradients that are summed up) are for real steps only.
+        registries: list[Any] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+        hooks = [dict(registry) for registry in registries]
+        for registry in registries:
+            registry.clear()
         try:
             with changed(), aside(self.module):
                 self.module.train()
@@ -119,6 +124,8 @@ class ShortRuns:
                 with torch.no_grad():
                     losses = [loss_on(self.trainer, self.module, batch, i) for i, batch in enumerate(self.held_out)]
         finally:
+            for registry, each in zip(registries, hooks, strict=True):
+                registry.update(each)
             with torch.no_grad():
                 for parameter, weight, grad in zip(parameters, weights, grads, strict=True):
                     parameter.copy_(weight)

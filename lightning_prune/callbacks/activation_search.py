@@ -282,12 +282,16 @@ class ActivationSearch(Callback):
             self._clock = Clock.of(trainer, 0.0, self.search_until)
         except PruningError as error:
             raise ConfigurationError(f"ActivationSearch: {error}".replace("end=", "search_until=")) from None
-        automatic = pl_module.automatic_optimization
-        if automatic:
+        loaders = trainer.fit_loop._combined_loader.flattened
+        if len(loaders) > 1 and self.mode == "trial":
+            raise ConfigurationError(
+                "ActivationSearch: mode='trial' works with one training loader; use mode='mixture'"
+            )
+        # A module of several loaders has batches of its own make, and one that steps by itself can't be run aside.
+        if pl_module.automatic_optimization and len(loaders) == 1:
             held = validation_batches(trainer, self.held_out, pl_module) if self.held_out else []
-            loader = trainer.fit_loop._combined_loader.flattened[0]
             wanted = self.trial_steps if held or self.mode == "trial" else 0
-            self._batches = fetch(loader, max(wanted, int(self.mode == "trial")), pl_module), held
+            self._batches = fetch(loaders[0], max(wanted, int(self.mode == "trial")), pl_module), held
         if self._search is not None:
             self._resume(pl_module)
         elif self.mode == "trial":
@@ -401,14 +405,8 @@ class ActivationSearch(Callback):
         mixture, adam = self._mixture, self._adam
         assert mixture is not None
         assert adam is not None
-        held = self._batches[1]
-        if held:
-            with aside(pl_module), torch.enable_grad():
-                loss = loss_on(trainer, pl_module, held[self._updates % len(held)], self._updates % len(held))
-                found: Sequence[Tensor | None] = [None] * len(mixture.leaves)
-                if loss is not None and loss.requires_grad:
-                    found = torch.autograd.grad(loss, mixture.leaves, allow_unused=True)
-        else:
+        found = self._held_out_gradients(trainer, pl_module, mixture.leaves)
+        if found is None:
             found = [leaf.grad for leaf in mixture.leaves]
         self._updates += 1
         grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(mixture.leaves, found, strict=True)]
@@ -438,6 +436,26 @@ class ActivationSearch(Callback):
         self._varying.clear()
         if varying:
             self._share(pl_module, varying)
+
+    def _held_out_gradients(self, trainer: Any, pl_module: Any, leaves: list[Tensor]) -> Sequence[Tensor | None] | None:
+        """Of the loss on the next held-out batch; None: there is none that the training step takes."""
+        held = self._batches[1]
+        if not held:
+            return None
+        number = self._updates % len(held)
+        try:
+            with aside(pl_module), torch.enable_grad():
+                loss = loss_on(trainer, pl_module, held[number], number)
+                if loss is None or not loss.requires_grad:
+                    return [None] * len(leaves)
+                return torch.autograd.grad(loss, leaves, allow_unused=True)
+        except Exception as error:  # validation batches may be made otherwise than training batches
+            rank_zero_warn(
+                f"ActivationSearch: training_step doesn't take a validation batch ({type(error).__name__}: {error}); "
+                "the search goes on with training batches, and nothing is checked at its end"
+            )
+            self._batches = self._batches[0], []
+            return None
 
     def _share(self, pl_module: Any, owners: Sequence[str]) -> None:
         """Search all calls of a function in these modules together, because their number varies."""

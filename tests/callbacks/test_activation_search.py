@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -246,7 +247,7 @@ def test_modules_of_every_make_end_plain(name: str) -> None:
     patched = {path for path, part in module.named_modules() if part.__dict__.get("replacements") or "forward" in part.__dict__}  # fmt: skip
     assert patched == {owner for owner in changed if owner is not None}
     x = module.val_data.tensors[0]
-    expected = module.logits(x)
+    expected = None if name == "late layers" else module.net(x)
     for other in (copy.deepcopy(module.net), pickle.loads(pickle.dumps(module.net))):
         if not isinstance(other, nn.Identity):
             torch.testing.assert_close(other(x), expected)
@@ -571,3 +572,67 @@ def test_it_runs_in_other_precisions(precision: str) -> None:
     module, callback = seeded(MODULES["functions"]), search(ALWAYS, lr=0.5, threshold=True)
     fit(module, callback, precision=precision, accumulate_grad_batches=2, gradient_clip_val=1.0, max_epochs=4)
     assert callback._done
+
+
+class OtherValidation(Task):
+    """Its validation batches are made otherwise."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step([batch["x"], batch["y"]], batch_idx)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader([{"x": x, "y": y} for x, y in self.val_data], batch_size=8)
+
+
+def test_validation_batches_of_another_make_are_told_and_left(tmp_path: Path) -> None:
+    module, callback = seeded(OtherValidation), search(ALWAYS, lr=0.5)
+    with pytest.warns(UserWarning, match=r"training_step doesn't take a validation batch \(KeyError"):
+        fit(module, callback, max_epochs=2)
+    assert callback._done
+
+
+class TwoLoaders(Task):
+    """Trains on two loaders at once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return {"a": super().train_dataloader(), "b": super().train_dataloader()}
+
+
+def test_several_loaders_are_searched_on_training_batches() -> None:
+    callback = search(ALWAYS, lr=0.5)
+    fit(seeded(TwoLoaders), callback, max_epochs=2)
+    assert callback._done
+    assert_refused(TwoLoaders, [search(mode="trial")], {}, "works with one training loader")
+
+
+def test_short_runs_leave_everything_as_it_was() -> None:
+    from lightning_prune.callbacks._trials import ShortRuns
+
+    seen: list[Any] = []
+
+    def look(trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            hooks = dict(trainer.optimizers[0]._optimizer_step_post_hooks)
+
+            def state() -> Any:
+                grads = [p.grad for p in module.parameters()]
+                return copy.deepcopy((snapshot(module), optimizer_states(trainer), grads, torch.get_rng_state()))
+
+            batches = list(module.train_dataloader())
+            before = state()
+            runs = ShortRuns(trainer, module, batches, [batches[0]])
+            first, second = (runs.loss(lambda: contextlib.nullcontext(), 3) for _ in range(2))
+            none = runs.loss(lambda: contextlib.nullcontext(), 0)
+            assert first == second != none
+            assert_same(state(), before)
+            assert dict(trainer.optimizers[0]._optimizer_step_post_hooks) == hooks
+            assert len(hooks) == 1
+            seen.append(none)
+
+    for optimizer in (ADAMW, torch.optim.LBFGS):
+        module = seeded(lambda optimizer=optimizer: Task(Residual(0.3), shape=IMAGE, optimizer=optimizer))
+        fit(module, weights(0.5), Spy(on_train_epoch_start=look))
+    assert len(seen) == 2
