@@ -167,6 +167,8 @@ class Choice:
 
         Shape: the same as ``x``; per-channel parameters are along dimension 1.
         """
+        if not self.parameters:
+            return CANDIDATES[self.name].function(x)
         values = {name: _along_channels(value, x) for name, value in self.parameters}
         return CANDIDATES[self.name].function(x, **values)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,8 +128,8 @@ class CallReplacer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        entry = activation_function(func) if self.counts[""] == 0 else None
-        if entry is None:
+        entry = activation_function(func)
+        if entry is None or self.counts[""]:
             return func(*args, **kwargs)
         number = self.counts.get(entry.name, 0)
         self.counts[entry.name] = number + 1
@@ -136,14 +137,15 @@ class CallReplacer(TorchFunctionMode):
         if replacement is None:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
-        settings = entry.settings(args, kwargs)
-
-        def own(x: Tensor) -> Tensor:
-            return entry.plain(x, **settings)
-
         if replacement.in_place and entry.works_in_place(args, kwargs):
-            return x.copy_(replacement.function(x.clone(), own))  # functions may need the old value in the backward
-        return replacement.function(x, own)
+            # Functions may need the old value in the backward.
+            return x.copy_(replacement.function(x.clone(), partial(_own, entry, args, kwargs)))
+        return replacement.function(x, partial(_own, entry, args, kwargs))
+
+
+def _own(entry: ActivationFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+    """What the forward itself would have called with these arguments, of ``x`` and not in place."""
+    return entry.plain(x, **entry.settings(args, kwargs))
 
 
 def outer_replacers() -> list[CallReplacer]:
