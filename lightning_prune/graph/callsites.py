@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.replaced import CallReplacer, Replacement, outer_replacers
+from lightning_prune.graph.replaced import CallReplacer, Replacement, shielded
 from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of, shape_of_input
 
 __all__ = [
@@ -334,31 +334,25 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, sizes rewritten and functions replaced."""
         if not self.shields:
-            return self._replaced(*args, **kwargs)
-        outer = outer_replacers()
-        for mode in outer:
-            mode.counts[""] += 1
-        try:
-            return self._replaced(*args, **kwargs)
-        finally:
-            for mode in outer:
-                mode.counts[""] -= 1
-
-    def _replaced(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.replacements:
             return self._sized(*args, **kwargs)
-        replacer = CallReplacer(self.replacements)
-        with replacer:
-            result = self._sized(*args, **kwargs)
-        if self.on_counts is not None:
-            self.on_counts(replacer.counts)
-        return result
+        with shielded():
+            return self._sized(*args, **kwargs)
 
     def _sized(self, *args: Any, **kwargs: Any) -> Any:
         if not self.patches:
-            return self._own(*args, **kwargs)
+            return self._replaced(*args, **kwargs)
         with SizeRewriter(self.patches):
+            return self._replaced(*args, **kwargs)
+
+    def _replaced(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.replacements:
             return self._own(*args, **kwargs)
+        replacer = CallReplacer(self.replacements)
+        with replacer:  # on top, where a shielded child can take it away
+            result = self._own(*args, **kwargs)
+        if self.on_counts is not None:
+            self.on_counts(replacer.counts)
+        return result
 
     def _own(self, *args: Any, **kwargs: Any) -> Any:
         if self.inner is not None:

@@ -2,13 +2,14 @@
 
 The k-th call is told by the function's name and its number among the calls that the module's own forward makes.
 Calls inside child modules are not counted, so a child that runs in training only shifts no number: children that
-call such functions are *shielded*, which tells the modes of the modules around them to look away. Activation modules
+call such functions are *shielded*, which keeps the modes of the modules around them away. Activation modules
 (``nn.ReLU``) are no such children; a call through one counts as a call of the module around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ALL_CALLS", "ActivationFunction", "CallReplacer", "Replacement", "activation_function", "outer_replacers"]
+__all__ = [
+    "ALL_CALLS",
+    "ActivationFunction",
+    "CallReplacer",
+    "Replacement",
+    "activation_function",
+    "outer_replacers",
+    "shielded",
+]
 
 ALL_CALLS = -1
 """In the place of a call's number: every call of the function."""
@@ -146,6 +155,28 @@ class CallReplacer(TorchFunctionMode):
 def _own(entry: ActivationFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
     """What the forward itself would have called with these arguments, of ``x`` and not in place."""
     return entry.plain(x, **entry.settings(args, kwargs))
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Inside, the modules around don't count calls; those whose mode is on top don't see them, which costs nothing."""
+    taken = []
+    while torch._C._len_torch_function_stack() > 0:
+        mode = torch.overrides._pop_mode()
+        if not isinstance(mode, CallReplacer):
+            torch.overrides._push_mode(mode)
+            break
+        taken.append(mode)
+    below = outer_replacers()
+    for mode in below:
+        mode.counts[""] += 1
+    try:
+        yield
+    finally:
+        for mode in below:
+            mode.counts[""] -= 1
+        for mode in reversed(taken):
+            torch.overrides._push_mode(mode)
 
 
 def outer_replacers() -> list[CallReplacer]:
