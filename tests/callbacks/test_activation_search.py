@@ -636,3 +636,51 @@ def test_short_runs_leave_everything_as_it_was() -> None:
         module = seeded(lambda optimizer=optimizer: Task(Residual(0.3), shape=IMAGE, optimizer=optimizer))
         fit(module, weights(0.5), Spy(on_train_epoch_start=look))
     assert len(seen) == 2
+
+
+def test_averaged_copies_follow() -> None:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    module, callback = seeded(MODULES["functions"]), search(("tanh",), lr=0.5, held_out=0)
+    average = callbacks.EMAWeightAveraging(decay=0.5)
+    copies: list[Any] = []
+    spy = Spy(on_train_end=lambda t, m: copies.append(average._average_model.module.net))
+    fit(module, spy, callback, average, max_epochs=4)
+    assert callback.plan_.activations
+    x = module.val_data.tensors[0]
+    copies[0].load_state_dict(module.net.state_dict())
+    assert torch.equal(copies[0](x), module.net(x))
+
+
+def test_a_checkpoint_of_the_middle_of_a_search_loads_without_the_callback(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=True)
+    fit(seeded(MODULES["functions"]), search(ALWAYS, search_until=1.0), saver, max_epochs=2)
+    plain = seeded(MODULES["functions"], 7)
+    state = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    assert list(state) == list(plain.state_dict())
+    plain.load_state_dict(state)
+    trainer = trainer_of(callback := search(ALWAYS, search_until=1.0))  # and brings its mixture where there is one
+    trainer.validate(seeded(MODULES["functions"]), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert callback._search is not None
+
+
+def test_both_lightnings_take_it() -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = conv_net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(examples(32, IMAGE), batch_size=8)
+
+    callback = search(ALWAYS, lr=0.5)
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(callbacks=[callback], max_epochs=2, enable_model_summary=False, **options).fit(Module())
+    assert callback._done
