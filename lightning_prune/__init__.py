@@ -1,6 +1,8 @@
 """Pruning callbacks for PyTorch Lightning: masked weights, physically removed neurons, a plain nn.Module."""
 
-from lightning_prune.callbacks import KernelShrinking, LayerPruning, NeuronPruning, WeightPruning
+from lightning_prune.activations.candidates import register_activation
+from lightning_prune.activations.sites import find_activations
+from lightning_prune.callbacks import ActivationSearch, KernelShrinking, LayerPruning, NeuronPruning, WeightPruning
 from lightning_prune.errors import NoEffectWarning, PruningError, SurgeryError, TraceError
 from lightning_prune.export import load_pruned, save_pruned
 from lightning_prune.graph.groups import find_groups
@@ -19,6 +21,7 @@ from lightning_prune.sparse import to_semi_structured
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationSearch",
     "KernelShrinking",
     "LayerPruning",
     "NeuronPruning",
@@ -33,6 +36,7 @@ __all__ = [
     "WeightPruning",
     "count_cost",
     "create_lr_scheduler",
+    "find_activations",
     "find_groups",
     "load_from_checkpoint",
     "load_pruned",
@@ -40,6 +44,7 @@ __all__ = [
     "preview_lr",
     "prune_neurons",
     "prune_weights",
+    "register_activation",
     "remove_layers",
     "save_pruned",
     "sensitivity",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_prune.activations.apply import Change, apply_changes, present_activations, take_back_changes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
@@ -62,6 +64,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
             "shapes": shapes,
             "aliases": aliases,
             "patches": [patch.to_dict() for patch in installed_patches(model)],
+            "activations": {name: each.to_dict() for name, each in present_activations(model).items()},
             "transient": list(transient),
             "numbers": _numbers(model),
             "passing": {path: form.to_dict() for path, form in passing_layers(model).items()},
@@ -138,13 +141,13 @@ def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         PruningError: The file is damaged or no file of ours, or it doesn't fit the model; ``model`` is untouched.
     """
-    state, transient, patches, numbers, passing = _read(path)
+    state, transient, patches, numbers, passing, activations = _read(path)
     fresh = {name: form for name, form in passing.items() if not passes(model, name)}
     removal = remove_modules(
         model, {name: form for name, form in fresh.items() if not inside(name, fresh, proper=True)}
     )
     try:
-        _load(path, model, state, transient, patches, numbers)
+        _load(path, model, state, transient, patches, numbers, activations)
     except BaseException:
         removal.undo()
         raise
@@ -158,6 +161,7 @@ def _load(
     transient: dict[str, Tensor],
     patches: list[SizePatch],
     numbers: Numbers,
+    activations: Mapping[str, Change],
 ) -> None:
     """Give a model that has the layers of a file their shapes and values; one that doesn't fit is untouched."""
     expected = model.state_dict()
@@ -169,11 +173,13 @@ def _load(
         name: value for name, value in transient.items() if name in buffers and fits(value.shape, buffers[name].shape)
     }
     shapes = {name: list(tensor.shape) for name, tensor in (state | transient).items()}
+    chosen = _differing(model, activations)
     change = fit_shapes(model, shapes, _fitting(model, numbers))
     before = installed_patches(model)
     values = [(tensor, tensor.detach().clone()) for tensor in named_tensors(model).values()]
     try:
         install_patches(model, patches)
+        apply_changes(model, chosen)
         model.load_state_dict(state)
         with torch.no_grad():
             for name, value in transient.items():
@@ -183,9 +189,24 @@ def _load(
             for tensor, value in values:
                 tensor.copy_(value)
         change.undo()
+        take_back_changes(model, chosen)
         remove_patches(model)
         install_patches(model, before)
         raise
+
+
+def _differing(model: nn.Module, activations: Mapping[str, Change]) -> dict[str, Change]:
+    """Those of the saved activations that the model doesn't have anyway, and what it has there."""
+    own = present_activations(model)
+    chosen = {name: each for name, each in activations.items() if each.owner is not None or name in own}
+    missing = sorted(set(activations) - set(chosen))
+    if missing:
+        raise PruningError(f"{type(model).__name__} has no activation module {missing[0]!r}, which the file holds")
+    return {
+        name: each if each.owner is not None else replace(each, before=own[name].after)
+        for name, each in chosen.items()
+        if name not in own or own[name].after != each.after
+    }
 
 
 def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
@@ -200,8 +221,8 @@ def _fitting(model: nn.Module, numbers: Numbers) -> Numbers:
 
 def _read(
     path: str | PathLike[str],
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers, dict[str, Form]]:
-    """The state dict, the buffers beside it, the patches, the integers that modules hold, what passes its input on."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SizePatch], Numbers, dict[str, Form], dict[str, Change]]:
+    """State dict, buffers beside it, patches, integers that modules hold, what passes its input on, activations."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
@@ -219,6 +240,7 @@ def _read(
         transient = {name: state.pop(name) for name in content["transient"]}
         patches = [SizePatch.from_dict(patch) for patch in content["patches"]]
         passing = {name: Form.from_dict(form) for name, form in content.get("passing", {}).items()}
-        return state, transient, patches, content.get("numbers", {}), passing
+        activations = {name: Change.from_dict(each) for name, each in content.get("activations", {}).items()}
+        return state, transient, patches, content.get("numbers", {}), passing, activations
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise PruningError(f"{path} is damaged: {type(error).__name__}: {error}") from error

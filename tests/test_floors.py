@@ -10,7 +10,7 @@ import lightning_prune
 ROOT = Path(lightning_prune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-FLOORS = [("errors",), ("graph",), ("pruning",), ("report", "export"), ("callbacks",)]
+FLOORS = [("errors",), ("graph",), ("activations",), ("pruning",), ("report", "export"), ("callbacks",)]
 """From the ground up; what stands beside the floors (models, schedulers) may use errors and each other."""
 BESIDE = ("models", "schedulers", "sparse", "_lightning")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics")

@@ -213,7 +213,7 @@ class StructureCallback(PruningCallback):
             PruningError: The state dict's plan is that of another model, or does not lead to its tensors; the module is
                 untouched.
         """
-        described = metadata.get(METADATA, {})
+        described = metadata.get(METADATA) or _described_elsewhere(trainer, state_dict)
         plan = Plan.from_dict(described["plan"]) if described else Plan({}, {})
         now = next((c.plan_ for c in structure_callbacks(trainer) if c.plan_.made(module)), Plan({}, {}))
         copies = [copy for copy in averaged_copies(trainer) if copy is not module]
@@ -242,6 +242,20 @@ class StructureCallback(PruningCallback):
             state = _state_of(callback, described.get("callbacks", {}))
             if state is not None:
                 callback.load_state_dict(state)
+
+
+def _described_elsewhere(trainer: Any, state_dict: Any) -> dict[str, Any]:
+    """What the checkpoint that is being loaded says of its state dict, where that is a plain one: an average, say."""
+    connector = getattr(trainer, "_checkpoint_connector", None)
+    checkpoint = getattr(connector, "_loaded_checkpoint", None) or {}
+    if not any(state_dict is checkpoint.get(name) for name in ("state_dict", "current_model_state")):
+        names: Any = getattr(checkpoint.get("state_dict"), "keys", dict)()
+        if not names or set(names) != set(state_dict):  # load_state_dict works on a copy
+            return {}
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and {"plan", "macs_left"} <= state.keys():
+            return {"plan": state["plan"], "macs_left": state["macs_left"]}
+    return {}
 
 
 def _check_plan(

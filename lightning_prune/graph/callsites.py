@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_prune.errors import PruningError
+from lightning_prune.graph.replaced import CallReplacer, Replacement, shielded
 from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of, shape_of_input
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "installed_patches",
     "marked_attributes",
     "remove_patches",
+    "replace_calls",
+    "replaced_calls",
     "untraced",
     "watched_size",
 ]
@@ -297,11 +301,16 @@ def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], sha
 
 
 class PatchedForward:
-    """Runs a module's own forward with some sizes rewritten.
+    """Runs a module's own forward with some sizes rewritten and some activation functions replaced.
 
     ``module.forward`` becomes this object, which a closure could not be: it is pickled and copied with the module.
     It shows the signature of the module's own forward; export reads that, and ``__code__``.
     """
+
+    # Class attributes too, for objects that were pickled before there were any.
+    replacements: Mapping[tuple[str, int], Replacement] = MappingProxyType({})
+    shields = False
+    on_counts: Callable[[Mapping[str, int]], None] | None = None
 
     def __init__(self, module: nn.Module, patches: dict[str, list[SizePatch]]) -> None:
         self.module = module
@@ -323,11 +332,32 @@ class PatchedForward:
         return self._forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, sizes rewritten."""
+        """The module's own forward, sizes rewritten and functions replaced."""
+        if not self.shields:
+            return self._sized(*args, **kwargs)
+        with shielded():
+            return self._sized(*args, **kwargs)
+
+    def _sized(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.patches:
+            return self._replaced(*args, **kwargs)
         with SizeRewriter(self.patches):
-            if self.inner is not None:
-                return self.inner(*args, **kwargs)
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return self._replaced(*args, **kwargs)
+
+    def _replaced(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.replacements:
+            return self._own(*args, **kwargs)
+        replacer = CallReplacer(self.replacements)
+        with replacer:  # on top, where a shielded child can take it away
+            result = self._own(*args, **kwargs)
+        if self.on_counts is not None:
+            self.on_counts(replacer.counts)
+        return result
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def _patched_forward(module: nn.Module) -> PatchedForward | None:
@@ -359,13 +389,71 @@ def install_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
 
 
 def remove_patches(model: nn.Module) -> None:
-    """Give every module its own forward back."""
+    """Let every module ask for its own sizes again."""
     for module in model.modules():
         patched = _patched_forward(module)
         if patched is not None:
-            del module.__dict__["forward"]
-            if patched.inner is not None:
-                module.forward = patched.inner
+            patched.patches = {}
+            _restore_idle(module, patched)
+
+
+def _restore_idle(module: nn.Module, patched: PatchedForward) -> None:
+    """Give a module its own forward back if the patched one does nothing any more."""
+    if not (patched.patches or patched.replacements or patched.shields):
+        del module.__dict__["forward"]
+        if patched.inner is not None:
+            module.forward = patched.inner
+
+
+def replace_calls(
+    model: nn.Module,
+    replacements: Mapping[str, Mapping[tuple[str, int], Replacement]],
+    shields: Iterable[str] = (),
+    on_counts: Callable[[str, bool, Mapping[str, int]], None] | None = None,
+) -> None:
+    """Make the modules at these paths, and no others, call other activation functions.
+
+    Args:
+        model: The model.
+        replacements: Path -> name of a function and number of the call -> what runs in its place.
+        shields: Paths of modules whose calls those around them don't count.
+        on_counts: Called after each forward with its module's path, mode and how often it called each function.
+
+    Raises:
+        PruningError: There is no such module; nothing was changed.
+    """
+    modules = dict(model.named_modules())
+    shields = set(shields)
+    for path in (*replacements, *shields):
+        if path not in modules:
+            raise PruningError(f"no module {path!r} in {type(model).__name__}, whose activations are to be replaced")
+    for path, module in modules.items():
+        patched = _patched_forward(module)
+        wanted = dict(replacements.get(path, {}))
+        if patched is None:
+            if not wanted and path not in shields:
+                continue
+            patched = PatchedForward(module, {})
+            module.forward = patched
+        patched.replacements = wanted
+        patched.shields = path in shields
+        patched.on_counts = None
+        if on_counts is not None and wanted:
+            patched.on_counts = partial(_tell, on_counts, path, module)
+        _restore_idle(module, patched)
+
+
+def _tell(
+    on_counts: Callable[[str, bool, Mapping[str, int]], None], path: str, module: nn.Module, counts: Mapping[str, int]
+) -> None:
+    on_counts(path, module.training, counts)
+
+
+def replaced_calls(model: nn.Module) -> tuple[dict[str, dict[tuple[str, int], Replacement]], list[str]]:
+    """The replacements that ``model`` carries and the paths of its shields, as `replace_calls` takes them."""
+    owners = {path: each for path, m in model.named_modules() if (each := _patched_forward(m)) is not None}
+    found = {path: dict(each.replacements) for path, each in owners.items() if each.replacements}
+    return found, [path for path, each in owners.items() if each.shields]
 
 
 def installed_patches(model: nn.Module) -> list[SizePatch]:

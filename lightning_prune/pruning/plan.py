@@ -1,4 +1,4 @@
-"""Plan: the frozen record of what was kept and what is gone; plain data, replayable on a fresh model."""
+"""Plan: the frozen record of what was kept, what is gone and what was chosen; plain data, replayable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.activations.apply import Change, apply_changes, merge_changes, take_back_changes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
@@ -32,6 +33,7 @@ class Plan:
         removed: Layers that are gone -> how they were called; what passes their input on stands in their place.
         skeletons: What the outermost of these were, without values; not part of the record, known only where a removal
             was made in this process. `take_back` needs them.
+        activations: Activation site -> what was chosen there, and what it was.
     """
 
     kept: dict[str, dict[int, list[int]]]
@@ -43,9 +45,10 @@ class Plan:
     frozen: dict[str, str] = field(default_factory=dict)
     removed: dict[str, Form] = field(default_factory=dict)
     skeletons: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)
+    activations: dict[str, Change] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.kept or self.removed)
+        return bool(self.kept or self.removed or self.activations)
 
     @property
     def live_patches(self) -> tuple[SizePatch, ...]:
@@ -57,7 +60,7 @@ class Plan:
         tensors = named_tensors(model)
         live = {name: dims for name, dims in self.kept.items() if not inside(name, self.removed)}
         return (
-            bool(self)
+            bool(self.kept or self.removed)
             and all(
                 name in tensors
                 and list(tensors[name].shape)
@@ -88,6 +91,7 @@ class Plan:
             "approximate": dict(self.approximate),
             "frozen": dict(self.frozen),
             "removed": {path: form.to_dict() for path, form in self.removed.items()},
+            "activations": {name: change.to_dict() for name, change in self.activations.items()},
         }
 
     @classmethod
@@ -113,6 +117,7 @@ class Plan:
                 approximate=dict(data["approximate"]),
                 frozen=dict(data["frozen"]),
                 removed={path: Form.from_dict(form) for path, form in data.get("removed", {}).items()},
+                activations={name: Change.from_dict(each) for name, each in data.get("activations", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise PruningError(f"not a plan: {type(error).__name__}: {error}") from error
@@ -134,8 +139,10 @@ class Plan:
         after = {path: {name: value for name, (_, value) in named.items()} for path, named in self.attributes.items()}
         outermost = {path: form for path, form in self.removed.items() if not inside(path, self.removed, proper=True)}
         change = shrink(model, self.kept, counts=self.counts, numbers=after)
+        before = installed_patches(model)
         try:
             install_patches(model, self.patches)
+            apply_changes(model, self.activations)
             if outermost:
                 skeletons = skeletons_of(model, outermost)
                 remove_modules(model, outermost)
@@ -143,6 +150,8 @@ class Plan:
                 self.skeletons.update(skeletons)
         except BaseException:
             change.undo()
+            remove_patches(model)
+            install_patches(model, before)
             raise
 
     def take_back(self, model: nn.Module) -> None:
@@ -154,6 +163,7 @@ class Plan:
             PruningError: A layer was removed in another process: nothing tells what it was. The model is untouched.
         """
         put_back(model, self.removed, self.skeletons)
+        take_back_changes(model, self.activations)
         enlarge(model, self.shapes, self.attributes)
         ours = {(patch.site, patch.dim): patch.before for patch in self.patches}
         before = [ours.get((patch.site, patch.dim), patch) for patch in installed_patches(model)]
@@ -189,6 +199,7 @@ class Plan:
             frozen=later.frozen,
             removed={**self.removed, **later.removed},
             skeletons={**later.skeletons, **self.skeletons},
+            activations=merge_changes(self.activations, later.activations),
         )
 
 
