@@ -115,10 +115,10 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
         knows = type(cls.__name__, (Prunable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     try:
         module: Any = knows.load_from_checkpoint(path, **init)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, UnpicklingError) as error:
         if isinstance(error, PruningError):
             raise
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}: {error}") from error
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     if knows is not cls:
         module.__class__ = cls
         module.__dict__.pop("pruning_plan", None)
@@ -138,8 +138,8 @@ def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> None:
     except UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             return  # objects of other classes in it: Lightning decides
-        raise PruningError(f"{path} is damaged, or no checkpoint of {cls.__name__}: {error}") from error
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
-        raise PruningError(f"{path} is damaged, or no checkpoint of {cls.__name__}: {error}") from error
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     if not whole:
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}: its state_dict is none")
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: its state_dict is none")

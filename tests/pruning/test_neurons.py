@@ -271,7 +271,7 @@ NAN = float("nan")
         ({"of": "flops"}, "'neurons', 'params', 'macs'"),
         ({"of": None}, "'neurons', 'params', 'macs'"),
         ({"scope": "local"}, "'global', 'layer'"),
-        ({"criterion": "l7"}, "choose from l1"),
+        ({"criterion": "l7"}, "choose from activation, bn_scale"),
         ({"round_to": 0}, "round_to"),
         ({"round_to": 2.0}, "round_to"),
         ({"round_to": True}, "round_to"),
