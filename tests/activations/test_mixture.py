@@ -33,7 +33,7 @@ def test_it_is_the_weighted_mean_of_the_matched_candidates() -> None:
     z = net[0](x64())
     with torch.no_grad():
         mixture.alphas[0].copy_(torch.tensor([0.3, -0.2, 0.5, 0.1]))
-    for temperature, matching in ((1.0, 1.0), (0.5, 0.0)):
+    for temperature, matching in ((1.0, 1.0), (0.5, 0.5), (0.5, 0.0)):
         mixture.temperature, mixture.matching = temperature, matching
         w = mixture.weights(0).double()
         own = spread(Choice("relu"))
