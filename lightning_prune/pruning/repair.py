@@ -21,8 +21,9 @@ __all__ = ["COMPENSATIONS", "Repair", "add_to", "recalibrate"]
 
 COMPENSATIONS = ("least_squares",)
 
-RIDGE = 1e-5
-"""Added to the diagonal, relative to its mean: a few batches don't determine wide layers."""
+RIDGE = 1e-3
+"""Added to the diagonal, relative to its mean: a few batches don't determine wide layers, and large weights would
+magnify what earlier layers have lost."""
 
 ROWS = 1 << 14
 """Positions of one call that count; images have many that say the same."""
