@@ -13,10 +13,30 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from lightning_modules import ADAMW, IMAGE, LIGHTNING_WARNINGS, Spy, Task, assert_same, fit, seeded, snapshot
+from lightning_modules import (
+    ADAMW,
+    IMAGE,
+    LIGHTNING_WARNINGS,
+    Spy,
+    Task,
+    assert_same,
+    fit,
+    seeded,
+    snapshot,
+    trainer_of,
+)
 from torch import Tensor, nn
 
-from lightning_prune import ActivationSearch, KernelShrinking, LayerPruning, NeuronPruning, WeightPruning, find_groups
+from lightning_prune import (
+    ActivationSearch,
+    KernelShrinking,
+    LayerPruning,
+    NeuronPruning,
+    Prunable,
+    WeightPruning,
+    find_groups,
+    load_from_checkpoint,
+)
 
 pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
@@ -116,6 +136,40 @@ def test_killed_and_resumed(whole: tuple[Task, Path], tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     resumed = train(tmp_path / "more", seed=5, ckpt_path=tmp_path / "epoch=3.ckpt")
     assert_same(snapshot(resumed), snapshot(whole[0]))
+
+
+class Images(Task):
+    """Can be built without arguments, as a checkpoint needs it."""
+
+    def __init__(self) -> None:
+        super().__init__(Net(), shape=IMAGE, optimizer=ADAMW)
+
+
+class PrunableImages(Prunable, Images):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Images, PrunableImages])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_loaded_without_any_callback(cls: Any, weights_only: bool, tmp_path: Path) -> None:
+    """The architecture and the activations come from the checkpoint."""
+    module = seeded(cls)
+    search = ActivationSearch(("tanh", "identity"), mode="trial", trial_steps=0, report=False)
+    callbacks = [search, *ours()[1:-1]]
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_weights_only=weights_only)
+    fit(module, *callbacks, saver, max_epochs=EPOCHS)
+    assert search.plan_.activations
+    loaded = load_from_checkpoint(cls, tmp_path / f"epoch={EPOCHS - 1}.ckpt")
+    x = torch.randn(2, *IMAGE)
+    assert_same(loaded.net.eval()(x), module.net.eval()(x))
+    assert type(loaded) is cls
+    again = seeded(cls, 3)
+    trainer_of(*callbacks).validate(again, ckpt_path=tmp_path / f"epoch={EPOCHS - 1}.ckpt", verbose=False)
+    assert_same(again.net.eval()(x), module.net.eval()(x))
+    if cls is PrunableImages:
+        third = cls()
+        third.load_state_dict(module.state_dict())
+        assert_same(third.net.eval()(x), module.net.eval()(x))
 
 
 if __name__ == "__main__":
