@@ -73,10 +73,10 @@ def task(seed: int = 0) -> Task:
     return seeded(lambda: Task(Net(), shape=IMAGE, optimizer=ADAMW), seed)
 
 
-def ours() -> list[Any]:
+def ours(remove: str = "progressive") -> list[Any]:
     return [
         ActivationSearch(("relu", "tanh", "identity"), search_until=0.25, held_out=1, trial_steps=1, report=False),
-        NeuronPruning(0.3, end=0.75, report=False),
+        NeuronPruning(0.3, end=0.75, remove=remove, report=False),
         KernelShrinking(0.4, start=0.25, end=0.75, report=False),
         LayerPruning(0.1, start=0.25, end=0.9, report=False),
         WeightPruning(0.4, end=0.9, report=False),
@@ -126,6 +126,35 @@ def test_resumed_from_every_epoch(whole: tuple[Task, Path], epoch: int, tmp_path
     assert_same(snapshot(resumed), snapshot(module))
     x = torch.randn(2, *IMAGE)
     assert_same(resumed.net.eval()(x), module.net.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*could be reached, nothing else can go.*")
+def test_masks_survive_what_other_callbacks_change(tmp_path: Path) -> None:
+    def run(folder: Path, seed: int = 0, ckpt_path: Path | None = None) -> Task:
+        module = task(seed)
+        fit(
+            module,
+            *ours("end"),
+            ModelCheckpoint(folder, "{epoch}", save_top_k=-1),
+            ckpt_path=ckpt_path,
+            max_epochs=EPOCHS,
+        )
+        return module
+
+    module = run(tmp_path)
+    for epoch in range(EPOCHS - 1):
+        resumed = run(tmp_path / str(epoch), 5, tmp_path / f"epoch={epoch}.ckpt")
+        assert_same(snapshot(resumed), snapshot(module))
+
+
+def test_a_site_in_a_layer_that_goes_is_let_go(tmp_path: Path) -> None:
+    """The search commits after a layer was removed that it looks into."""
+    module = task()
+    search = ActivationSearch(("tanh",), search_until=0.75, held_out=0, report=False)
+    fit(module, LayerPruning(0.1, end=0.25, report=False), search, max_epochs=EPOCHS)
+    assert any(not isinstance(block, Block) for block in module.net.blocks)
+    assert search.plan_.activations
+    assert module.net(torch.randn(2, *IMAGE)).shape == (2, 4)
 
 
 def test_killed_and_resumed(whole: tuple[Task, Path], tmp_path: Path) -> None:
