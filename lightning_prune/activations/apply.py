@@ -60,6 +60,30 @@ class Change:
         return cls(Choice.from_dict(data["after"]), before, owner, function, int(data["call"]), in_place, shields)
 
 
+def _gone(model: nn.Module, path: str, *, whole: bool) -> bool:
+    """Whether a layer was removed that held a module (or, with ``whole``, was it): its input is passed on there now."""
+    module = model
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            return _passes(module)
+        module = child
+    return whole and _passes(module)
+
+
+def _passes(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity)
+
+
+def _present(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """The changes of what is still there; layers may have been removed since."""
+    return {
+        name: change
+        for name, change in changes.items()
+        if not _gone(model, name if change.owner is None else change.owner, whole=change.owner is not None)
+    }
+
+
 def changes_for(model: nn.Module, sites: Sites, choices: Mapping[str, Choice]) -> dict[str, Change]:
     """What it takes to have these choices, by the sites' names.
 
@@ -72,6 +96,11 @@ def changes_for(model: nn.Module, sites: Sites, choices: Mapping[str, Choice]) -
     for name in choices:
         if name not in known:
             raise PruningError(f"no activation site {name!r}; there are: {', '.join(known)}")
+    choices = {
+        name: choice
+        for name, choice in choices.items()
+        if not _gone(model, known[name].module or known[name].owner, whole=known[name].module is None)
+    }
     modules = {site.module: choices[site.name] for site in sites.sites if site.module and site.name in choices}
     changes = {}
     for name, choice in choices.items():
@@ -105,6 +134,7 @@ def apply_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
     Raises:
         PruningError: The model doesn't have one of the places; nothing was changed.
     """
+    changes = _present(model, changes)
     modules = {path: change for path, change in changes.items() if change.owner is None}
     names = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for path in modules:
@@ -127,6 +157,7 @@ def apply_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
 
 def take_back_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
     """Undo the changes; other activations that were replaced stay so."""
+    changes = _present(model, changes)
     replacements, shields = replaced_calls(model)
     for name, change in changes.items():
         if change.owner is not None:

@@ -58,6 +58,7 @@ class StructureCallback(PruningCallback):
         super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
         self.plan_ = Plan({}, {})
         self._acted = False
+        self._loaded = False
         self._macs_left = 1.0
         self._state_hooks: list[RemovableHandle] = []
 
@@ -100,6 +101,10 @@ class StructureCallback(PruningCallback):
 
     def _take_up(self, trainer: Any, pl_module: Any) -> None:
         """Go on with the plan that this model was made by, or start anew."""
+        if trainer.ckpt_path is not None and self._loaded and self.plan_ and not self.plan_.made(pl_module):
+            raise ConfigurationError(
+                f"{type(self).__name__}: the checkpoint is damaged: its plan does not lead to the weights in it"
+            )
         if not self.plan_.made(pl_module) and (self.plan_ or not self._resumed()):
             self.amount_, self._part, self._acted = 0.0, 0.0, False  # nothing gone yet, or another model
             self.plan_, self._macs_left = Plan({}, {}), 1.0
@@ -156,6 +161,7 @@ class StructureCallback(PruningCallback):
         for hook in self._state_hooks:
             hook.remove()
         self._state_hooks = []
+        self._loaded = False
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
@@ -170,6 +176,7 @@ class StructureCallback(PruningCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
+        self._loaded = True
         self.amount_ = state_dict["amount"]
         self._part = self.amount_ / self.amount if self.amount else 0.0
         plan = Plan.from_dict(state_dict["plan"])

@@ -26,12 +26,10 @@ from lightning_prune.callbacks._clock import Clock, Point, check_window
 from lightning_prune.callbacks._trials import ShortRuns, aside, fetch, loss_on, validation_batches
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.prunable import ACTIVATIONS, Prunable
 from lightning_prune.pruning.select import check_choice, globs
 
 __all__ = ["ActivationReport", "ActivationSearch", "SiteReport"]
-
-METADATA = "lightning_prune_activations"
-"""Where in a state dict's metadata the callback's state stands: a file of weights alone has nothing else."""
 
 MODES = ("mixture", "trial")
 STRATEGIES = ("greedy", "optuna")
@@ -608,6 +606,8 @@ class ActivationSearch(Callback):
         for model in (pl_module, *averaged_copies(trainer)):
             plan.apply(model)
         self.plan_ = self.plan_.then(plan)
+        if isinstance(pl_module, Prunable):
+            pl_module.activation_plan = self.plan_
         self._done = True
         self._batches = [], []
 
@@ -712,23 +712,29 @@ class ActivationSearch(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Describe the state dict of a checkpoint that is saved after ``fit`` too."""
         metadata = getattr(checkpoint["state_dict"], "_metadata", {})
-        metadata.setdefault("", {})[METADATA] = self.state_dict()
+        metadata.setdefault("", {})[ACTIVATIONS] = self.state_dict()
 
     def _describe(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any]) -> None:
-        metadata[METADATA] = self.state_dict()
+        metadata[ACTIVATIONS] = self.state_dict()
 
     def _rebuild(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *args: Any) -> None:
         """Give the module the activations that a state dict was saved with, before it is loaded."""
-        if METADATA not in metadata:
+        if ACTIVATIONS not in metadata:
             return
-        plan = Plan.from_dict(metadata[METADATA]["plan"])
+        described = metadata[ACTIVATIONS]
+        plan = Plan.from_dict(described["plan"])
+        if isinstance(module, Prunable) and module.activation_plan == plan:  # it has seen to it itself
+            self.plan_, self._found_in = plan, weakref.ref(module)
         same = self._found_in is not None and self._found_in() is module
         if plan != self.plan_ or not same:
             if same:
                 self.plan_.take_back(module)
             plan.apply(module)
         self._found_in = weakref.ref(module)
-        self.load_state_dict(metadata[METADATA])
+        if "search" in described:
+            self.load_state_dict(described)
+        else:  # a module has described itself
+            self.plan_, self._done = plan, True
 
 
 def _picked(mixture: Mixture, picks: Sequence[int]) -> dict[str, Choice]:

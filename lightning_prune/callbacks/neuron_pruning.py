@@ -303,7 +303,7 @@ class NeuronPruning(StructureCallback):
         trainer = self._tracer_of
         del self._tracer, self._tracer_of
         self._take(trainer, pl_module, trace)
-        if self._keep and self._part < 1:
+        if self._keep and not self._is_over:
             self._recent = RecentCalls(pl_module, trace.calls, self._keep)
             self._recent.batches.append(list(trace.calls))
         return tuple(trace.calls)
@@ -323,10 +323,15 @@ class NeuronPruning(StructureCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Observe the first batch; keep the last ones, where they are needed."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._keep and self.groups_ is not None and self._part < 1:
+        if self._keep and self.groups_ is not None and not self._is_over:
             if self._recent is None:
                 self._recent = RecentCalls(pl_module, self.groups_.calls, self._keep)
             self._recent.next_batch()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing more will be removed."""
+        return self._part >= 1 and (self.remove == "progressive" or bool(self.plan_))
 
     @property
     def _keep(self) -> int:
@@ -504,6 +509,9 @@ class NeuronPruning(StructureCallback):
 
     def _of_neurons(self) -> dict[str, dict[str, Tensor]]:
         """What is known of single neurons, by name: numbers change."""
+        if self.groups_ is None and self._restored:  # not taken up yet
+            sums = self._judge.sums if isinstance(self._judge, Activation) else self._restored["sums"]
+            return {"masked": dict(self._restored["masked"]), "sums": {key: each.cpu() for key, each in sums.items()}}
         sums = {key: each.cpu() for key, each in self._judge.sums.items()}
         if isinstance(self._judge, Taylor):
             sums = {} if self.groups_ is None or not sums else _by_key(self.groups_, sums["total"])

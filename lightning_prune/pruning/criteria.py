@@ -405,7 +405,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 class Custom(NeuronCriterion):
     """A function of the user's own: takes the weights of neurons, shape (neurons, k), and gives scores, (neurons,).
 
-    It is asked for every parameter that makes, follows or reads a group's neurons; the answers are added.
+    It is asked for every parameter that makes, follows or reads a group's neurons, biases too (k = 1); the answers are
+    added.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -426,10 +427,13 @@ class Custom(NeuronCriterion):
                     continue
                 given = self.function(rows_of(tensors[part.name], part))
                 if not isinstance(given, Tensor) or given.shape != (group.size,) or not bool(given.isfinite().all()):
-                    got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                    got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                    if isinstance(given, Tensor) and given.shape == (group.size,):
+                        got = "values that are not finite"
+                    k = tensors[part.name].numel() // max(tensors[part.name].size(part.dim), 1)
                     raise PruningError(
-                        f"the criterion gave {got} for {part}; it must give a finite score for each of the "
-                        f"{group.size} rows"
+                        f"the criterion gave {got} for {part} (biases and norm scales count too, with k=1; here "
+                        f"k={k}); it must give a finite score for each of the {group.size} rows"
                     )
                 scores[numbers.start : numbers.stop] += given.detach().double().cpu()
         return scores

@@ -13,10 +13,13 @@ from torch import nn
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.plan import Plan
 
-__all__ = ["METADATA", "Prunable", "load_from_checkpoint"]
+__all__ = ["ACTIVATIONS", "METADATA", "Prunable", "load_from_checkpoint"]
 
 METADATA = "lightning_prune"
 """Where in a state dict's metadata the plan stands: a file of weights alone has nothing else."""
+
+ACTIVATIONS = "lightning_prune_activations"
+"""Where the plan of `ActivationSearch` stands."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -50,6 +53,7 @@ class Prunable:
 
     Attributes:
         pruning_plan: What was removed from the module so far; `NeuronPruning` and `prune_neurons` keep it.
+        activation_plan: What `ActivationSearch` has chosen.
 
     Example:
         >>> import torch
@@ -69,16 +73,21 @@ class Prunable:
     """
 
     pruning_plan: Plan = Plan({}, {})
+    activation_plan: Plan = Plan({}, {})
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         metadata = getattr(destination, "_metadata", None)
         if self.pruning_plan and metadata is not None:
             metadata[prefix[:-1]][METADATA] = {"plan": self.pruning_plan.to_dict()}
+        if self.activation_plan and metadata is not None:
+            metadata[prefix[:-1]][ACTIVATIONS] = {"plan": self.activation_plan.to_dict()}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         if METADATA in local_metadata:
             self._become(Plan.from_dict(local_metadata[METADATA]["plan"]))
+        if ACTIVATIONS in local_metadata:
+            self._choose(Plan.from_dict(local_metadata[ACTIVATIONS]["plan"]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -86,12 +95,22 @@ class Prunable:
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and {"plan", "macs_left"} <= state.keys():
                 self._become(Plan.from_dict(state["plan"]))
+            elif isinstance(state, dict) and {"plan", "history", "search"} <= state.keys():
+                self._choose(Plan.from_dict(state["plan"]))
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     def _become(self, plan: Plan) -> None:
         if isinstance(self, nn.Module):
             become(self, plan, self.pruning_plan)
         self.pruning_plan = plan
+
+    def _choose(self, plan: Plan) -> None:
+        if plan == self.activation_plan or not isinstance(self, nn.Module):
+            return
+        if self.activation_plan:
+            self.activation_plan.take_back(self)
+        plan.apply(self)
+        self.activation_plan = plan
 
 
 def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: Any) -> Module:
@@ -122,6 +141,7 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
     if knows is not cls:
         module.__class__ = cls
         module.__dict__.pop("pruning_plan", None)
+        module.__dict__.pop("activation_plan", None)
     result: Module = module
     return result
 

@@ -13,10 +13,30 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from lightning_modules import ADAMW, IMAGE, LIGHTNING_WARNINGS, Spy, Task, assert_same, fit, seeded, snapshot
+from lightning_modules import (
+    ADAMW,
+    IMAGE,
+    LIGHTNING_WARNINGS,
+    Spy,
+    Task,
+    assert_same,
+    fit,
+    seeded,
+    snapshot,
+    trainer_of,
+)
 from torch import Tensor, nn
 
-from lightning_prune import ActivationSearch, KernelShrinking, LayerPruning, NeuronPruning, WeightPruning, find_groups
+from lightning_prune import (
+    ActivationSearch,
+    KernelShrinking,
+    LayerPruning,
+    NeuronPruning,
+    Prunable,
+    WeightPruning,
+    find_groups,
+    load_from_checkpoint,
+)
 
 pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
@@ -53,10 +73,10 @@ def task(seed: int = 0) -> Task:
     return seeded(lambda: Task(Net(), shape=IMAGE, optimizer=ADAMW), seed)
 
 
-def ours() -> list[Any]:
+def ours(remove: str = "progressive") -> list[Any]:
     return [
         ActivationSearch(("relu", "tanh", "identity"), search_until=0.25, held_out=1, trial_steps=1, report=False),
-        NeuronPruning(0.3, end=0.75, report=False),
+        NeuronPruning(0.3, end=0.75, remove=remove, report=False),
         KernelShrinking(0.4, start=0.25, end=0.75, report=False),
         LayerPruning(0.1, start=0.25, end=0.9, report=False),
         WeightPruning(0.4, end=0.9, report=False),
@@ -108,6 +128,35 @@ def test_resumed_from_every_epoch(whole: tuple[Task, Path], epoch: int, tmp_path
     assert_same(resumed.net.eval()(x), module.net.eval()(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*could be reached, nothing else can go.*")
+def test_masks_survive_what_other_callbacks_change(tmp_path: Path) -> None:
+    def run(folder: Path, seed: int = 0, ckpt_path: Path | None = None) -> Task:
+        module = task(seed)
+        fit(
+            module,
+            *ours("end"),
+            ModelCheckpoint(folder, "{epoch}", save_top_k=-1),
+            ckpt_path=ckpt_path,
+            max_epochs=EPOCHS,
+        )
+        return module
+
+    module = run(tmp_path)
+    for epoch in range(EPOCHS - 1):
+        resumed = run(tmp_path / str(epoch), 5, tmp_path / f"epoch={epoch}.ckpt")
+        assert_same(snapshot(resumed), snapshot(module))
+
+
+def test_a_site_in_a_layer_that_goes_is_let_go(tmp_path: Path) -> None:
+    """The search commits after a layer was removed that it looks into."""
+    module = task()
+    search = ActivationSearch(("tanh",), search_until=0.75, held_out=0, report=False)
+    fit(module, LayerPruning(0.1, end=0.25, report=False), search, max_epochs=EPOCHS)
+    assert any(not isinstance(block, Block) for block in module.net.blocks)
+    assert search.plan_.activations
+    assert module.net(torch.randn(2, *IMAGE)).shape == (2, 4)
+
+
 def test_killed_and_resumed(whole: tuple[Task, Path], tmp_path: Path) -> None:
     """SIGKILL in the fifth epoch of another process; what it has saved until then is gone on with here."""
     run = [sys.executable, __file__, str(tmp_path)]
@@ -116,6 +165,40 @@ def test_killed_and_resumed(whole: tuple[Task, Path], tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     resumed = train(tmp_path / "more", seed=5, ckpt_path=tmp_path / "epoch=3.ckpt")
     assert_same(snapshot(resumed), snapshot(whole[0]))
+
+
+class Images(Task):
+    """Can be built without arguments, as a checkpoint needs it."""
+
+    def __init__(self) -> None:
+        super().__init__(Net(), shape=IMAGE, optimizer=ADAMW)
+
+
+class PrunableImages(Prunable, Images):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Images, PrunableImages])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_loaded_without_any_callback(cls: Any, weights_only: bool, tmp_path: Path) -> None:
+    """The architecture and the activations come from the checkpoint."""
+    module = seeded(cls)
+    search = ActivationSearch(("tanh", "identity"), mode="trial", trial_steps=0, report=False)
+    callbacks = [search, *ours()[1:-1]]
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_weights_only=weights_only)
+    fit(module, *callbacks, saver, max_epochs=EPOCHS)
+    assert search.plan_.activations
+    loaded = load_from_checkpoint(cls, tmp_path / f"epoch={EPOCHS - 1}.ckpt")
+    x = torch.randn(2, *IMAGE)
+    assert_same(loaded.net.eval()(x), module.net.eval()(x))
+    assert type(loaded) is cls
+    again = seeded(cls, 3)
+    trainer_of(*callbacks).validate(again, ckpt_path=tmp_path / f"epoch={EPOCHS - 1}.ckpt", verbose=False)
+    assert_same(again.net.eval()(x), module.net.eval()(x))
+    if cls is PrunableImages:
+        third = cls()
+        third.load_state_dict(module.state_dict())
+        assert_same(third.net.eval()(x), module.net.eval()(x))
 
 
 if __name__ == "__main__":

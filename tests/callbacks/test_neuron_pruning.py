@@ -619,6 +619,12 @@ def test_weights_only_checkpoints_load(net: Any, tmp_path: Path) -> None:
         (lambda **o: images(Residual, **o), lambda: [neurons(0.6, end=1.0, criterion="activation", recalibrate=2)]),
         (Task, lambda: [neurons(0.6, end=1.0, criterion="random")]),
         (lambda **o: images(SmallLiteralView, **o), lambda: [neurons(0.6, end=1.0, remove="end")]),
+        (
+            lambda **o: images(Residual, **o),
+            lambda: [
+                neurons(0.6, end=0.75, remove="end", criterion="taylor", recalibrate=2, compensate="least_squares")
+            ],
+        ),
         (lambda **o: images(conv_net, **o), lambda: [neurons(0.6, end=1.0, scope="sensitivity", of="macs")]),
         (lambda **o: images(conv_net, **o), lambda: [neurons(0.6, end=1.0, compensate="least_squares")]),
         (lambda **o: images(conv_net, **o), lambda: [neurons(0.6, end=1.0), weights(0.5, end=1.0)]),
@@ -635,6 +641,7 @@ def test_weights_only_checkpoints_load(net: Any, tmp_path: Path) -> None:
         "activation",
         "random",
         "masked",
+        "masked and repaired",
         "sensitivity",
         "repaired",
         "both",

@@ -370,6 +370,7 @@ def test_taylor_sums_squares_over_batches() -> None:
 def test_a_neuron_that_the_loss_does_not_see_goes_first() -> None:
     model, x = get("mlp")
     with torch.no_grad():
+        model[0].bias.fill_(5.0)  # every other neuron fires
         model[0].weight[3] *= 50
         model[2].weight[:, 3] = 0
     loss_of(model(x)).backward()
@@ -469,6 +470,7 @@ def test_collecting_again_forgets_what_was_collected() -> None:
 def test_a_neuron_that_never_fires_goes_first() -> None:
     model, x = get("mlp")
     with torch.no_grad():
+        model[0].bias.fill_(5.0)  # every other neuron fires
         model[0].weight[5] *= 10
         model[0].bias[5] = -1e3
     assert prune_neurons(model, x, 1 / 13, criterion="activation").kept["0.weight"][0] == [0, 1, 2, 3, 4, 6]
