@@ -20,7 +20,7 @@ from lightning_prune.graph.run import run_calls, undisturbed
 from lightning_prune.pruning.budget import Budget, listed
 from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.prunable import METADATA, Prunable
+from lightning_prune.pruning.prunable import METADATA, Prunable, check_dense, structure_state
 from lightning_prune.pruning.schedules import Schedule
 from lightning_prune.pruning.surgery import fit_shapes
 
@@ -259,22 +259,15 @@ def _described_elsewhere(trainer: Any, state_dict: Any) -> dict[str, Any]:
         names: Any = getattr(checkpoint.get("state_dict"), "keys", dict)()
         if not names or set(names) != set(state_dict):  # load_state_dict works on a copy
             return {}
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and {"plan", "macs_left"} <= state.keys():
-            return {"plan": state["plan"], "macs_left": state["macs_left"]}
-    return {}
+    state = structure_state(checkpoint)
+    return {} if state is None else {"plan": state["plan"], "macs_left": state["macs_left"]}
 
 
 def _check_plan(
     plan: Plan, dense: Mapping[str, list[int]], module: nn.Module, state: Mapping[str, Any], strict: bool
 ) -> None:
     """Raise a PruningError unless a plan fits a module's dense shapes, and leads to the tensors of a state dict."""
-    for name, shape in plan.shapes.items():
-        if dense.get(name) != list(shape):
-            had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
-            raise PruningError(
-                f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {type(module).__name__} has {had}"
-            )
+    check_dense(plan, dense, type(module).__name__)
     if not strict:
         return
     for name, before in dense.items():

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
+from lightning_prune.graph.verify import kept_masks
 from lightning_prune.pruning.criteria import Activation, Random, Taylor, collect_now, get_neuron_criterion
 from lightning_prune.pruning.masks import HeldMasks, apply_masks
 from lightning_prune.pruning.neurons import Choice, check_compensate, latency_amount, remove_chosen
@@ -331,7 +333,7 @@ class NeuronPruning(StructureCallback):
     @property
     def _is_over(self) -> bool:
         """Whether nothing more will be removed."""
-        return self._part >= 1 and (self.remove == "progressive" or bool(self.plan_))
+        return self._part >= 1 and (self.remove == "progressive" or self._acted)
 
     @property
     def _keep(self) -> int:
@@ -341,7 +343,7 @@ class NeuronPruning(StructureCallback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take in what the batch told, then prune."""
         if isinstance(self._judge, Activation):
-            add = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")  # noqa: E731
+            add = partial(trainer.strategy.reduce, reduce_op="sum")
             self._judge.merge(pl_module, add if trainer.world_size > 1 else None)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -394,7 +396,7 @@ class NeuronPruning(StructureCallback):
                     return left
             self._judge.ready(pl_module, groups)
             scores = self._judge.score(pl_module, groups)
-            if self._curves is None:
+            if self.scope == "sensitivity" and self._curves is None:
                 curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
                 self._curves = trainer.strategy.broadcast(curves)
             rest = groups if bool(left.all()) else groups.without(left)
@@ -405,7 +407,7 @@ class NeuronPruning(StructureCallback):
 
         def repair(groups: Groups, alive: Tensor) -> Repair:
             batches = list(self._recent.batches) if self._recent is not None else [list(groups.calls)]
-            add = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")  # noqa: E731
+            add = partial(trainer.strategy.reduce, reduce_op="sum")
             return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
 
         plan, groups, alive, changes = remove_chosen(
@@ -437,8 +439,7 @@ class NeuronPruning(StructureCallback):
         add_to(pl_module, changes)
         before, self._macs = self._macs, self.groups_.macs(torch.ones(self.groups_.neurons, dtype=torch.bool))
         if self.recalibrate and self._recent is not None:
-            mean = lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")  # noqa: E731
-            recalibrate(pl_module, list(self._recent.batches), mean)
+            recalibrate(pl_module, list(self._recent.batches), partial(trainer.strategy.reduce, reduce_op="mean"))
         for callback in pruning_callbacks(trainer):
             callback._calls = self._calls  # they tell which calls keep their input's shape
         self._changed(trainer, pl_module, plan, self._macs / before if before else 1.0)
@@ -448,19 +449,8 @@ class NeuronPruning(StructureCallback):
     def _mask(self, pl_module: Any, groups: Groups, alive: Tensor) -> dict[str, Tensor]:
         """From now on hold at zero whatever belongs to neurons that are to go; the masks."""
         self.groups_, self._masked = groups, alive
-        tensors, kept = named_tensors(pl_module), groups.kept(alive)
-        masks: dict[str, Tensor] = {}
-        for name, dims in kept.items():
-            tensor = tensors[name]
-            dims = {dim: index for dim, index in dims.items() if (name, dim) not in groups.unmasked}
-            if not dims or not tensor.is_floating_point():
-                continue
-            mask = torch.ones(tensor.shape, dtype=torch.bool)
-            for dim, index in dims.items():
-                gone = torch.ones(tensor.size(dim), dtype=torch.bool)
-                gone[index] = False
-                mask.index_fill_(dim, gone.nonzero().squeeze(1), False)
-            masks[name] = mask.to(tensor.device)
+        tensors = named_tensors(pl_module)
+        masks = kept_masks(tensors, groups.kept(alive), groups.unmasked)
         self._held = HeldMasks(tensors, masks)
         return masks
 

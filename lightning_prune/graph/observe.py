@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.graph.callsites import in_backward
+from lightning_prune.graph.callsites import in_backward, untraced
 from lightning_prune.graph.trace import FLOP_FORMULAS
 
 __all__ = ["Observer", "Use", "rescaled"]
@@ -133,7 +133,7 @@ class Observer:
         reason = _unlike(call, given)
         use.reason = use.reason or reason
         if measured and use.reason is None and call.input is not None and not call.input.is_meta:
-            with torch.no_grad(), _unseen():
+            with torch.no_grad(), untraced():
                 before, after = call.input.detach(), given.detach()
                 precise = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
                 before = before.to(precise)
@@ -153,13 +153,6 @@ class Observer:
         given = self._running[-1].input if self._running else None
         if given is not None and any(_same(term, given) for term in terms):
             self.uses[self._running[-1].path].residual = True
-
-
-@contextmanager
-def _unseen() -> Iterator[None]:
-    """What is calculated inside is no part of the model: a tracer that watches too must not follow it."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield
 
 
 def _unlike(call: _Running, given: Any) -> str | None:

@@ -17,7 +17,7 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import named_tensors, same_buffers
 from lightning_prune.graph.tree import leaves
 
-__all__ = ["TOLERANCE", "MaskedModel", "compare_outputs", "compare_shapes", "masked_tensors"]
+__all__ = ["TOLERANCE", "MaskedModel", "compare_outputs", "compare_shapes", "kept_masks", "masked_tensors"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, relative to the largest output, by dtype: rounding differs with the shapes."""
@@ -32,6 +32,17 @@ def masked_tensors(
     """Copies of the tensors that shrink, zero wherever one of the dimensions is not kept; indices stay as they are."""
     names = [name for name in kept if tensors[name].is_floating_point() or tensors[name].is_complex()]
     return {name: _masked(tensors[name].detach().clone(), name, kept[name], unmasked) for name in names}
+
+
+def kept_masks(
+    tensors: Mapping[str, Tensor], kept: Kept, unmasked: Collection[tuple[str, int]] = ()
+) -> dict[str, Tensor]:
+    """The places that `masked_tensors` leaves as they are: bool, of the tensors' shapes, where something goes."""
+    shaped = {name: dims for name, dims in kept.items() if any((name, dim) not in unmasked for dim in dims)}
+    names = [name for name in shaped if tensors[name].is_floating_point()]
+    return {
+        name: _masked(torch.ones_like(tensors[name], dtype=torch.bool), name, kept[name], unmasked) for name in names
+    }
 
 
 def _masked(

@@ -13,11 +13,9 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall, untraced
 from lightning_prune.graph.groups import NO_UNIT, Groups, Slice
 from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
+from lightning_prune.pruning.weight_criteria import CONVOLUTIONS, TRANSPOSED
 
 __all__ = ["NEURON_CRITERIA", "NeuronCriterion", "collect_now", "get_neuron_criterion", "relative"]
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class NeuronCriterion:

@@ -20,11 +20,12 @@ from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, named_tensors, run_calls, undisturbed
 from lightning_prune.graph.verify import MaskedModel
 from lightning_prune.pruning.budget import COSTS, Budget, among, listed
-from lightning_prune.pruning.neurons import _as_optimizers, warn_no_effect
+from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import check_amount, check_choice, globs
 from lightning_prune.pruning.surgery import Change, shrink
 from lightning_prune.pruning.transaction import checked, settle
+from lightning_prune.pruning.weight_criteria import CONVOLUTIONS, TRANSPOSED
 
 __all__ = [
     "RING_NORMS",
@@ -39,9 +40,6 @@ __all__ = [
 
 RING_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l1": torch.abs, "l2": torch.square}
 """What is summed over the weights of a ring."""
-
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def shrink_kernels(
@@ -85,7 +83,7 @@ def shrink_kernels(
     """
     amount = check_amount(amount)
     check_rings(of, criterion)
-    optimizers = _as_optimizers(optimizer)
+    optimizers = as_optimizers(optimizer)
     check_model(model)
     calls = as_calls(example_inputs)
     with torch.inference_mode(False), torch.no_grad():
@@ -198,7 +196,7 @@ def find_kernels(
 
 def _reason(module: _ConvNd, holders: Mapping[int, int]) -> str | None:
     """Why a convolution can't lose a ring; None if it can."""
-    kind = next((cls for cls in (*_PLAIN, *_TRANSPOSED) if isinstance(module, cls)), None)
+    kind = next((cls for cls in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, cls)), None)
     own = type(module)
     if kind is None or own.forward is not kind.forward or "forward" in module.__dict__:
         return "has a forward of its own"

@@ -18,7 +18,7 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, run_calls, undisturbed
 from lightning_prune.pruning.budget import COSTS, Budget, among, listed
-from lightning_prune.pruning.neurons import _as_optimizers, warn_no_effect
+from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect
 from lightning_prune.pruning.passing import Form, inside, remove_modules, skeletons_of
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.select import check_amount, check_choice, globs
@@ -87,7 +87,7 @@ def remove_layers(
     """
     amount = check_amount(amount)
     check_layers(of, criterion)
-    optimizers = _as_optimizers(optimizer)
+    optimizers = as_optimizers(optimizer)
     check_model(model)
     calls = as_calls(example_inputs)
     with torch.inference_mode(False), torch.no_grad():

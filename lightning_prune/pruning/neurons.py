@@ -49,7 +49,7 @@ from lightning_prune.pruning.select import (
 from lightning_prune.pruning.sensitivity import damage_curves
 from lightning_prune.pruning.surgery import Change, Value, shrink
 
-__all__ = ["Choice", "prune_neurons", "remove_chosen", "remove_neurons"]
+__all__ = ["Choice", "as_optimizers", "prune_neurons", "remove_chosen", "remove_neurons"]
 
 RANDOM = object()
 """Stands for an output that differs from run to run."""
@@ -188,7 +188,7 @@ def prune_neurons(
     option.check()
     judge = get_neuron_criterion(criterion)
     check_compensate(compensate)
-    optimizers = _as_optimizers(optimizer)
+    optimizers = as_optimizers(optimizer)
     with torch.inference_mode(False), torch.no_grad():
         groups = find_groups(model, example_inputs)
 
@@ -230,7 +230,8 @@ def check_compensate(compensate: Any) -> None:
         check_choice("compensate", compensate, COMPENSATIONS)
 
 
-def _as_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
+def as_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
+    """One optimizer or several, as a tuple; a PruningError for anything else."""
     given = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
     if not isinstance(given, (tuple, list)) or not all(isinstance(each, Optimizer) for each in given):
         raise PruningError(f"optimizer must be a torch optimizer or a list of them, got {optimizer!r}")

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.plan import Plan
 
-__all__ = ["ACTIVATIONS", "METADATA", "Prunable", "load_from_checkpoint"]
+__all__ = ["ACTIVATIONS", "METADATA", "Prunable", "check_dense", "load_from_checkpoint", "structure_state"]
 
 METADATA = "lightning_prune"
 """Where in a state dict's metadata the plan stands: a file of weights alone has nothing else."""
@@ -22,6 +22,20 @@ ACTIVATIONS = "lightning_prune_activations"
 """Where the plan of `ActivationSearch` stands."""
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def check_dense(plan: Plan, dense: Mapping[str, list[int]], owner: str) -> None:
+    """Raise a PruningError unless a plan was made from tensors of these shapes."""
+    for name, shape in plan.shapes.items():
+        if dense.get(name) != list(shape):
+            had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
+            raise PruningError(f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {owner} has {had}")
+
+
+def structure_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint's callbacks say of the architecture; all of them share one plan."""
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    return next((state for state in states if {"plan", "macs_left"} <= state.keys()), None)
 
 
 def become(module: nn.Module, plan: Plan, own: Plan) -> None:
@@ -33,13 +47,7 @@ def become(module: nn.Module, plan: Plan, own: Plan) -> None:
     if plan.made(module) and (not own.made(module) or plan == own):
         return
     now = own if own.made(module) else Plan({}, {})
-    dense = now.dense_shapes(module)
-    for name, shape in plan.shapes.items():
-        if dense.get(name) != shape:
-            had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
-            raise PruningError(
-                f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {type(module).__name__} has {had}"
-            )
+    check_dense(plan, now.dense_shapes(module), type(module).__name__)
     if now:
         now.take_back(module)
     plan.apply(module)
@@ -92,10 +100,11 @@ class Prunable:
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the architecture from the callback's state: an averaging callback saves another state dict."""
+        structure = structure_state(checkpoint)
+        if structure is not None:
+            self._become(Plan.from_dict(structure["plan"]))
         for state in checkpoint.get("callbacks", {}).values():
-            if isinstance(state, dict) and {"plan", "macs_left"} <= state.keys():
-                self._become(Plan.from_dict(state["plan"]))
-            elif isinstance(state, dict) and {"plan", "history", "search"} <= state.keys():
+            if isinstance(state, dict) and {"plan", "history", "search"} <= state.keys():
                 self._choose(Plan.from_dict(state["plan"]))
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 

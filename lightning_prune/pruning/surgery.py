@@ -210,15 +210,15 @@ def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, numbers: Mappi
     sizes = {"num_heads": heads, "head_dim": size, "embed_dim": weight.size(1)}
     sizes |= {"kdim": key.size(1), "vdim": value.size(1)}
     before = module.__dict__.get("forward")
-    narrow = isinstance(before, NarrowAttention)
-    scale = before.scale if isinstance(before, NarrowAttention) else module.head_dim**-0.5
+    narrow = before if isinstance(before, NarrowAttention) else None
+    scale = module.head_dim**-0.5 if narrow is None else narrow.scale
     for attribute, number in sizes.items():
         set_attribute(path, module, attribute, number, change)
     if heads * size != weight.size(1) or size != round(scale**-2):
         change.steps.append(install_narrow_attention(module, scale))
         set_attribute(path, module, "_qkv_same_embed_dim", False, change)  # keeps torch's fast path off
-    elif narrow:  # the width has followed since
-        change.steps.append(_setter(module.__dict__, "forward", before))
+    elif narrow is not None:  # the width has followed since
+        change.steps.append(_setter(module.__dict__, "forward", narrow))
         remove_narrow_attention(module)
         set_attribute(path, module, "_qkv_same_embed_dim", packed, change)
 

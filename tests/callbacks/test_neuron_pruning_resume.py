@@ -96,9 +96,6 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], lis
 def test_killed_and_resumed_equals_never_stopping(name: str, killed: Any) -> None:
     for rank in range(CASES[name].ranks):
         whole, part = killed(name, rank)
-        if CASES[name].steps and KILLS > 2 and part["step"] != whole["step"]:
-            # Measured with 20 kills and no callback of ours: 177 steps where the uninterrupted run makes 161.
-            pytest.skip("Lightning itself repeats steps when it is killed so often in the middle of epochs")
         assert part["step"] == whole["step"]
         assert whole["callbacks"][-1]["plan"]["kept"]
         for key in whole:

@@ -427,9 +427,8 @@ def test_layers_that_lose_nothing_are_left_alone() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("limit", [1e-2])
 @pytest.mark.parametrize("name", ["linear", "linear without bias", "conv", "padding", "stride", "circular"])
-def test_a_copy_of_a_neuron_that_stays_costs_nothing(name: str, limit: float) -> None:
+def test_a_copy_of_a_neuron_that_stays_costs_nothing(name: str) -> None:
     first, reader, shape = READERS[name]
     model, x = build(sequential(first, nn.Tanh(), reader)), inputs(shape, 64)
     with torch.no_grad():
@@ -442,7 +441,7 @@ def test_a_copy_of_a_neuron_that_stays_costs_nothing(name: str, limit: float) ->
     for batch in (x, inputs(shape, 16, 5)):
         size = float(forward(dense, batch)[0].square().sum())
         assert (squared_error(plain, dense, batch) / size) ** 0.5 > 0.1
-        assert (squared_error(model, dense, batch) / size) ** 0.5 < limit
+        assert (squared_error(model, dense, batch) / size) ** 0.5 < 1e-2  # the ridge keeps it from being exact
 
 
 def test_a_tied_weight_is_solved_for_once() -> None:
