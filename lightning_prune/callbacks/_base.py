@@ -22,7 +22,7 @@ from lightning_prune.pruning.schedules import Schedule, get_schedule
 from lightning_prune.pruning.select import check_amount, globs
 from lightning_prune.report.cost import Cost, cost_of_calls
 from lightning_prune.report.report import Report, build_report
-from lightning_prune.report.run import measurable
+from lightning_prune.report.run import measurable, needs_library
 from lightning_prune.schedulers import FollowsPruning
 
 __all__ = ["ConfigurationError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
@@ -328,6 +328,10 @@ class PruningCallback(Callback):
             for callback in pruning_callbacks(trainer):
                 callback.report_ = report
             print(f"\n{report}", flush=True)  # asked for, so not left to the level of a logger
+            borrowed = needs_library(pl_module)
+            if borrowed:
+                listed = ", ".join(path or "the module itself" for path in borrowed)
+                print(f"Unpickling this model needs lightning_prune, for the forward of {listed}.", flush=True)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if the schedule did not come to its end, or had no effect; also where no batch was trained on."""

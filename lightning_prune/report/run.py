@@ -16,7 +16,7 @@ from lightning_prune.export import save_pruned
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import run_calls, undisturbed
 
-__all__ = ["batch_size", "file_size", "measurable"]
+__all__ = ["batch_size", "file_size", "measurable", "needs_library"]
 
 
 def batch_size(calls: Sequence[ModuleCall]) -> int:
@@ -69,6 +69,20 @@ def _error_of(model: nn.Module, calls: Sequence[ModuleCall]) -> Exception | None
         except Exception as error:  # whatever a user's forward may raise is the answer
             return error
     return None
+
+
+def needs_library(model: nn.Module) -> list[str]:
+    """Paths of the modules that run code of this library: what unpickles the model needs it then.
+
+    Sizes or activations were rewritten in a forward, attention has other heads than torch's own allows, or something
+    stands for a removed layer or a chosen activation that torch has no module for. Exported files need nothing.
+    """
+
+    def ours(thing: Any) -> bool:
+        home = type(thing).__module__
+        return home.startswith("lightning_prune.") and not home.startswith("lightning_prune.models")
+
+    return [path for path, module in model.named_modules() if ours(module) or ours(module.__dict__.get("forward"))]
 
 
 def file_size(model: nn.Module) -> int:

@@ -103,6 +103,30 @@ FORKED = """
 """
 
 
+SPAWNED = """
+    import warnings, torch
+    from lightning_modules import *
+    from lightning_prune import Prunable
+
+    class Loadable(Prunable, Task):
+        pass
+
+    if __name__ == "__main__":
+        warnings.simplefilter("ignore")
+        module = seeded(Loadable)
+        fit(module, neurons(0.5), strategy="ddp_spawn", devices=2)
+        assert module.pruning_plan
+        assert sum(layer.out_features for layer in module.net[:-1:2]) == 11
+"""
+
+
+def test_spawned_processes_bring_the_small_model_back(tmp_path: Path) -> None:
+    script = tmp_path / "spawned.py"
+    script.write_text(textwrap.dedent(SPAWNED))
+    done = run_script(script)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
 def test_forked_processes_are_served_or_refused(tmp_path: Path) -> None:
     script = tmp_path / "forked.py"
     script.write_text(textwrap.dedent(FORKED))

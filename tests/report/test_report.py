@@ -32,8 +32,10 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune import NeuronPruning, Plan, Report, WeightPruning, save_pruned
+from lightning_prune.models import LeNet
 from lightning_prune.pruning.latency import latencies
 from lightning_prune.report.report import Row, build_report
+from lightning_prune.report.run import needs_library
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -267,3 +269,13 @@ def test_the_dense_side_of_a_second_run_is_what_the_first_one_left() -> None:
     fit(Task(net, shape=IMAGE), second)
     for row in ("parameters", "MACs (batch 1)"):
         assert second.report_[row].dense == first.report_[row].pruned > second.report_[row].pruned
+
+
+def test_the_run_says_whether_unpickling_needs_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    for net, expected in ((SmallLiteralView, ["net"]), (conv_net, [])):
+        module = seeded(lambda net=net: Task(net(), shape=IMAGE))
+        fit(module, NeuronPruning(0.5))
+        assert needs_library(module) == expected
+        said = "Unpickling this model needs lightning_prune, for the forward of net." in capsys.readouterr().out
+        assert said == bool(expected)
+    assert needs_library(LeNet()) == []
