@@ -10,9 +10,10 @@ rates: the dense network; ours, which loses MACs by `NeuronPruning` as it trains
 the ends of the same epochs and then gets a new optimizer, for the old one holds parameters that are gone; and, from
 scratch, a network of ours' final shape with weights of its own. ``kernels`` and ``layers`` lose their MACs by
 `KernelShrinking` and `LayerPruning` instead; a budget that they can't reach is left out. Budgets are MACs of one
-image; ``--factors 2`` is "at least 2 times fewer". Training images are flipped and moved by up to 4 pixels at random; the 10 000 test images
-are used once, for the final weights: no checkpoint is chosen. The constants in `NETS` were chosen with ``--held-out``:
-5 000 of the 50 000 tell the accuracy, the others train, and nothing is known of the test images.
+image; ``--factors 2`` is "at least 2 times fewer". Training images are flipped and moved by up to 4 pixels at random;
+the 10 000 test images are used once, for the final weights: no checkpoint is chosen. The constants in `NETS` were
+chosen with ``--held-out``: 5 000 of the 50 000 tell the accuracy, the others train, and nothing is known of the test
+images.
 
 ResNet-56 and VGG-16-BN are for a GPU; where there is none only the two small networks are in the table, unless asked
 for by name.
