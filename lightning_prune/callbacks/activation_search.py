@@ -106,6 +106,9 @@ class ActivationSearch(Callback):
     The mixture's weights are in an optimizer of the callback's own (Adam without weight decay): one more group in the
     user's optimizer would change what its scheduler counts and what its checkpoint holds, and LBFGS takes one only.
 
+    While it searches, a step keeps what all candidates need for their backward, of a held-out batch too: validation
+    batches much larger than the training's may be what memory ends at.
+
     Fitting on held-out batches and short runs call ``training_step`` aside from training: nothing is logged, and
     buffers, metrics and random state are put back.
 
