@@ -20,8 +20,9 @@ from lightning_prune.graph.callsites import ModuleCall, ModuleStack
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.schedules import Schedule, get_schedule
 from lightning_prune.pruning.select import check_amount, globs
+from lightning_prune.report.build import build_report
 from lightning_prune.report.cost import Cost, cost_of_calls
-from lightning_prune.report.report import Report, build_report
+from lightning_prune.report.report import Report
 from lightning_prune.report.run import measurable, needs_library
 from lightning_prune.schedulers import FollowsPruning
 

@@ -44,6 +44,19 @@ class Sensitivity:
         """As plain data."""
         return {"metric": self.metric, "base": self.base, "values": {k: dict(v) for k, v in self.values.items()}}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """From what `to_dict` gave, through JSON (which turns numbers that are keys into text) or not."""
+
+        def number(value: Any) -> float:
+            return float("nan") if value is None else float(value)
+
+        values = {
+            str(key): {float(ratio): number(value) for ratio, value in row.items()}
+            for key, row in data["values"].items()
+        }
+        return cls(str(data["metric"]), number(data["base"]), values)
+
     def __str__(self) -> str:
         ratios = sorted({ratio for row in self.values.values() for ratio in row})
         width = max((len(key) for key in self.values), default=0)

@@ -34,7 +34,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_prune import NeuronPruning, Plan, Report, WeightPruning, save_pruned
 from lightning_prune.models import LeNet
 from lightning_prune.pruning.latency import latencies
-from lightning_prune.report.report import Row, build_report
+from lightning_prune.report.build import build_report
+from lightning_prune.report.report import Row
 from lightning_prune.report.run import needs_library
 
 pytestmark = LIGHTNING_WARNINGS
@@ -101,7 +102,7 @@ def test_ratios_and_plain_data() -> None:
     assert report["parameters"].ratio == 0.25
     assert report["val_acc"].ratio is None
     assert Row("x", 0, 1).ratio is None
-    assert report.to_dict()["file size"] == {
+    assert report.to_dict()["rows"]["file size"] == {
         "name": "file size", "dense": 4000.0, "pruned": 1000.0, "unit": "B", "ratio": 0.25,
     }  # fmt: skip
     with pytest.raises(KeyError, match="'macs'; the report has parameters, val_acc, file size"):
