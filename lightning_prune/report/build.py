@@ -17,6 +17,7 @@ from lightning_prune.graph.run import as_calls, check_model, named_tensors, plai
 from lightning_prune.pruning.latency import latencies, layer_times
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.sensitivity import Sensitivity
+from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weights import prunable_weights
 from lightning_prune.report.cost import Cost, cost_of_calls
 from lightning_prune.report.layers import histograms, layers_of, magnitudes, statuses, threshold_of
@@ -89,7 +90,7 @@ def compare(
             statuses=statuses(dense, plan or Plan({}, {}), groups),
             activations=plan.activations if plan else None,
         )
-    return Report(tuple(rows), layers, weights=_compared(dense, pruned), title=title or type(pruned).__name__)
+    return Report(tuple(rows), layers, weights=_compared(dense, pruned, plan), title=title or type(pruned).__name__)
 
 
 def _check_fit(dense: nn.Module, pruned: nn.Module) -> None:
@@ -139,13 +140,15 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
         return {}
 
 
-def _compared(dense: nn.Module, pruned: nn.Module) -> tuple[Histogram, ...]:
+def _compared(dense: nn.Module, pruned: nn.Module, plan: Plan | None) -> tuple[Histogram, ...]:
     before, after = _weights(dense), _weights(pruned)
+    kept = plan.kept if plan else {}
     thresholds: dict[str, float] = {}
     for name, weight in after.items():
-        if name in before and before[name].shape == weight.shape:
+        left = take(before[name], kept.get(name, {})) if name in before else None
+        if left is not None and left.shape == weight.shape:
             zero = weight == 0
-            found = threshold_of(before[name][zero], before[name][~zero])
+            found = threshold_of(left[zero], left[~zero])
             thresholds |= {} if found is None else {name: found}
     return histograms(after, {name: magnitudes(weight) for name, weight in before.items()}, thresholds)
 
