@@ -52,7 +52,7 @@ def latencies(models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, secon
     return [median(taken) for taken in times]
 
 
-def layer_times(model: nn.Module, calls: Sequence[ModuleCall], *, seconds: float = 0.5) -> dict[str, float]:
+def layer_times(model: nn.Module, calls: Sequence[ModuleCall], *, seconds: float = 0.3) -> dict[str, float]:
     """Median time that each module spends in its own forward, the modules that it calls aside.
 
     Hooks stand around every module, so that the sum is more than the time of an undisturbed forward.

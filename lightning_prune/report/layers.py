@@ -184,12 +184,13 @@ LOW, HIGH, WIDTH = -8.0, 3.0, 0.1
 BINS = round((HIGH - LOW) / WIDTH)
 
 
-def magnitudes(weight: Tensor) -> tuple[int, ...]:
+def magnitudes(weight: Tensor) -> list[int]:
     """How many of a weight's elements lie in each bin; zeros in none."""
     sizes = weight.detach().abs().flatten().float()
     sizes = sizes[(sizes > 0) & sizes.isfinite()]
     places = ((sizes.log10() - LOW) / WIDTH).long().clamp(0, BINS - 1)
-    return tuple(torch.bincount(places, minlength=BINS).tolist())
+    counts: list[int] = torch.bincount(places, minlength=BINS).tolist()
+    return counts
 
 
 def histograms(
@@ -205,10 +206,16 @@ def histograms(
         thresholds: The magnitude below which weights went, where one tells.
     """
     before, thresholds = before or {}, thresholds or {}
-    return tuple(
-        Histogram(name, LOW, WIDTH, tuple(before.get(name, ())), magnitudes(weight), thresholds.get(name))
-        for name, weight in now.items()
-    )
+    found = []
+    for name, weight in now.items():
+        dense, pruned = list(before.get(name, ())), magnitudes(weight)
+        used = [place for place in range(BINS) if pruned[place] or (dense and dense[place])] or [0]
+        first, last = used[0], used[-1] + 1
+        low = round(LOW + WIDTH * first, 6)
+        found.append(
+            Histogram(name, low, WIDTH, tuple(dense[first:last]), tuple(pruned[first:last]), thresholds.get(name))
+        )
+    return tuple(found)
 
 
 def threshold_of(gone: Tensor, kept: Tensor) -> float | None:
