@@ -27,10 +27,10 @@ CYCLE = ("pruned", "second", "third", "muted")
 STYLES = ("-", "--", ":")
 MARKERS = "osv^DPX*<>"
 
-FONT = 8
-ROW = 0.19
+FONT = 9
+ROW = 0.21
 """Height of one row, in inches."""
-PANEL = 2.6
+PANEL = 2.9
 """Width of one panel beside the rows' labels, in inches."""
 MOST_CURVES = 10
 """More than so many curves in one plot can't be told apart; they become the rows of a table of colours."""
@@ -182,10 +182,10 @@ def _timeline(report: Report) -> Any:
     if measured:
         parts.append((report.metric or "metric", lambda axes: _curve(axes, measured, "second", "s")))
     if rates:
-        parts.append(("learning rate (first group)", lambda axes: _curve(axes, rates, "third", "v")))
-    heights, left, right = 1.5, 0.75, 0.25
-    width = 7.0
-    top, gap, bottom = 0.62, 0.4, 0.55
+        parts.append(("learning rate (first group)", lambda axes: _rates(axes, rates)))
+    heights, left, right = 1.6, 0.85, 0.25
+    width = 7.8
+    top, gap, bottom = 0.68, 0.42, 0.55
     height = top + bottom + heights * len(parts) + gap * (len(parts) - 1)
     figure = Figure(figsize=(width, height))
     prunings = [
@@ -201,7 +201,7 @@ def _timeline(report: Report) -> Any:
         for epoch in prunings:
             axes.axvline(epoch, color=COLORS["muted"], lw=0.6, ls=(0, (2, 2)), zorder=0)
         axes.grid(axis="y")
-        axes.set_title(title, loc="left", pad=19 if not number else 6)
+        axes.set_title(title, loc="left", pad=21 if not number else 6)
         axes.tick_params(labelbottom=number == len(parts) - 1)
     axes.set_xlabel("epoch")
     axes.set_xlim(0, max(m.epoch for m in moments) * 1.02)
@@ -211,6 +211,15 @@ def _timeline(report: Report) -> Any:
     ]
     _legend(first, handles, columns=4)
     return figure
+
+
+def _rates(axes: Any, rates: Sequence[tuple[float, float]]) -> None:
+    _curve(axes, rates, "third", "v")
+    low, high = min(rate for _, rate in rates), max(rate for _, rate in rates)
+    if low > 0 and high > 30 * low:
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _fractions(axes: Any, report: Report) -> None:

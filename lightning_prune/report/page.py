@@ -57,7 +57,7 @@ body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 .skip { position: absolute; left: -999em; }
 .skip:focus { left: 1rem; top: 1rem; padding: .5rem 1rem; background: var(--card); }
-header, main, footer { max-width: 76rem; margin: 0 auto; padding: 0 1.25rem; }
+header, main, footer { max-width: 84rem; margin: 0 auto; padding: 0 1.25rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 2rem 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem; }
 p { margin: .25rem 0 .75rem; max-width: 46rem; }
@@ -73,7 +73,8 @@ tbody tr:last-child > * { border-bottom: 0; }
 thead th { position: sticky; top: 0; z-index: 1; background: var(--card); font-weight: 600; }
 tbody th { font-weight: 400; background: var(--page); }
 th:first-child, td.text, th.text { text-align: left; }
-td.why { white-space: normal; min-width: 16rem; }
+@media (min-width: 48rem) { th:first-child { position: sticky; left: 0; } thead th:first-child { z-index: 2; } }
+td.why { white-space: normal; min-width: 15rem; }
 .bar { display: inline-block; vertical-align: middle; width: 8rem; height: .7rem; background: var(--dense);
   border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--pruned); }

@@ -107,6 +107,18 @@ def _share(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
 
 
+def _short(value: int | None) -> str | None:
+    """Three digits and a letter."""
+    if value is None:
+        return None
+    size: float = value
+    for letter in ("", "k", "M", "G", "T"):
+        if size < 999.5 or letter == "T":
+            break
+        size /= 1000
+    return f"{size:.3g}{letter}"
+
+
 def _escaped(text: str) -> str:
     for character in "\\`*_<>|[]":
         text = text.replace(character, f"\\{character}")
@@ -134,9 +146,18 @@ def rich_of(report: Report) -> Any:
         whole.add_row(*map(Text, (row.name, text_of(row.dense, row.unit), text_of(row.pruned, row.unit), ratio)))
     if not report.layers:
         return whole
-    layers = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(HEAD):
-        layers.add_column(name, justify="right" if 2 <= number < 8 else "left", overflow="fold")
+    layers = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(("layer", "neurons", "params", "MACs", "zeros", "time", "can go")):
+        layers.add_column(name, justify="right" if 1 <= number < 6 else "left", overflow="fold", no_wrap=0 < number < 6)
     for layer in report.layers:
-        layers.add_row(*map(Text, line_of(layer)))
+        zeros, time = layer.sparsity[1], layer.latency_share[1]
+        layers.add_row(
+            Text(layer.name or "(the model itself)"),
+            arrow(*(None if width is None else str(width) for width in layer.width)),
+            arrow(*map(_short, layer.params)),
+            arrow(*map(_short, layer.macs)),
+            "" if zeros is None else f"{zeros:.2f}",
+            "" if time is None else f"{time:.2f}",
+            Text(layer.status or layer.reason),
+        )
     return Group(whole, layers)
