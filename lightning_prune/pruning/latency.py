@@ -15,6 +15,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups
 from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.pruning.progress import Bar, progress_bar
 
 __all__ = ["latencies", "layer_times", "macs_for_latency"]
 
@@ -148,7 +149,13 @@ def macs_for_latency(
             before, after = latencies([model, small], calls, seconds=seconds)
         return 1 - after / before
 
+    with progress_bar(STEPS + 1, "timing pruned copies") as bar:
+        return _bisected(amount, most, gone, bar)
+
+
+def _bisected(amount: float, most: float, gone: Callable[[float], float], bar: Bar) -> float:
     reached = gone(most)
+    bar.update()
     if reached < amount:
         raise PruningError(
             f"amount={amount:g} of the latency can't be reached: with as much removed as can be, {most:.2f} of the "
@@ -158,6 +165,7 @@ def macs_for_latency(
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if gone(middle) >= amount else (middle, high)
+        bar.update()
     return high
 
 

@@ -184,7 +184,7 @@ def _timeline(report: Report) -> Any:
     if rates:
         parts.append(("learning rate (first group)", lambda axes: _rates(axes, rates)))
     heights, left, right = 1.6, 0.85, 0.25
-    width = 7.8
+    width = max(7.8, left + _text_width([report.metric]) + 0.3)
     top, gap, bottom = 0.68, 0.42, 0.55
     height = top + bottom + heights * len(parts) + gap * (len(parts) - 1)
     figure = Figure(figsize=(width, height))
@@ -270,7 +270,10 @@ def _curves(found: Sensitivity, labels: Sequence[str]) -> Any:
 
     left, plot, bottom, top = 0.8, 4.6, 0.55, 0.35
     legend = _text_width([*labels, "nothing masked"]) + 0.7
-    width, height = left + plot + legend, max(3.0, 0.2 * (len(labels) + 1) + 1) + bottom + top
+    width, height = (
+        left + max(plot + legend, _text_width([found.metric]) + 0.3),
+        max(3.0, 0.2 * (len(labels) + 1) + 1) + bottom + top,
+    )
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, bottom / height, plot / width, 1 - (bottom + top) / height))
     for number, (label, row) in enumerate(zip(labels, found.values.values(), strict=True)):
@@ -299,20 +302,20 @@ def _colors(found: Sensitivity, labels: Sequence[str]) -> Any:
 
     ratios = sorted({ratio for row in found.values.values() for ratio in row})
     values = np.array([[row.get(ratio, np.nan) for ratio in ratios] for row in found.values.values()])
-    figure, (axes,) = _rows(labels, 1, right=[1.3])
+    title = f"{found.metric} (nothing masked: {found.base:.4g})"
+    figure, (axes,) = _rows(labels, 1, right=[max(1.3, _text_width([title]) - PANEL + 0.3)])
     axes.grid(visible=False)
     image = axes.pcolormesh(
         np.arange(len(ratios) + 1), np.arange(len(labels) + 1) - 0.5, values, cmap="cividis", edgecolors="none"
     )
     axes.set_xticks(np.arange(len(ratios)) + 0.5, [f"{ratio:g}" for ratio in ratios])
     axes.set_xlabel("fraction of the group's neurons masked")
-    axes.set_title(f"nothing masked: {found.base:.4g}", loc="left")
+    axes.set_title(title, loc="left")
     box = axes.get_position()
     width, height = figure.get_size_inches()
     tall = min(box.height, 2.5 / height)
     bar = figure.add_axes((box.x1 + 0.15 / width, box.y1 - tall, 0.14 / width, tall))
     figure.colorbar(image, cax=bar)
-    bar.set_title(found.metric, loc="left")
     return figure
 
 
