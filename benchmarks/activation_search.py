@@ -22,7 +22,7 @@ import torch
 from lightning import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_prune import ActivationSearch, Plan, find_activations
 from lightning_prune.activations.apply import changes_for
@@ -66,7 +66,8 @@ class Classifier(LightningModule):
 
     def train_dataloader(self) -> Any:
         """Shuffled."""
-        return DataLoader(self.sets["train"], 64, shuffle=True, drop_last=True)
+        batches = BatchSampler(RandomSampler(self.sets["train"]), 64, drop_last=True)
+        return DataLoader(self.sets["train"], sampler=batches, batch_size=None)  # a whole batch at once
 
     def val_dataloader(self) -> Any:
         """Held out of the training images."""

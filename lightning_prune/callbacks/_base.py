@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune._lightning import accept_both_lightnings
 from lightning_prune.callbacks._clock import Clock, Point, check_every, check_window
+from lightning_prune.callbacks._files import check_files, check_no_files
 from lightning_prune.callbacks._loggers import log_figures, log_scalars
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
@@ -231,6 +232,7 @@ class PruningCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what can be seen to be impossible before anything is set up."""
+        check_files(trainer)
         if stage == "fit":
             known = {cls.__name__ for cls in type(trainer.strategy).__mro__}
             if not known & set(self.strategies):
@@ -457,11 +459,13 @@ class PruningCallback(Callback):
         self._drop_watch(trainer)
         self._release()
         self._calls, self._measured = None, None
+        check_no_files(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
         self._drop_watch(trainer)
         self._release()
+        check_no_files(trainer)
 
 
 def _merged(

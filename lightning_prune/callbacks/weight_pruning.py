@@ -120,14 +120,22 @@ class WeightPruning(PruningCallback):
         self._rewind: Rewind | None = None
         self._before: dict[str, list[int]] = {}
         self._thresholds: dict[str, float] = {}
+        self._lost = False
 
     def _weights(self, pl_module: Any) -> dict[str, torch.nn.Parameter]:
-        return prunable_weights(pl_module, globs("include", self.include), globs("exclude", self.exclude))
+        try:
+            return prunable_weights(pl_module, globs("include", self.include), globs("exclude", self.exclude))
+        except PruningError:
+            if self._lost:  # all of its layers may be among those that are gone
+                return {}
+            raise
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
+        self._lost = self._lost and self._restored
         try:
             weights = self._weights(pl_module)
-            check_fit(pl_module, weights, self.amount, self.scope, get_pattern(self.pattern))
+            if weights:
+                check_fit(pl_module, weights, self.amount, self.scope, get_pattern(self.pattern))
             if isinstance(self._judge, Wanda):
                 self._judge.check(pl_module, list(weights))
         except PruningError as error:
@@ -261,6 +269,8 @@ class WeightPruning(PruningCallback):
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         weights, further = self._weights(pl_module), self._part > self._pruned
+        if not weights:
+            return
         step = mix_seed(self._seed or 0, str(trainer.global_step))
         if isinstance(self._judge, Random):
             self._judge.seed = step
@@ -323,11 +333,15 @@ class WeightPruning(PruningCallback):
             before=self._pruned,
         )
 
+    def _why_nothing(self) -> str:
+        return "the layers that it was to prune have been removed" if self._lost else super()._why_nothing()
+
     def _has_effect(self) -> bool:
         return not all(bool(mask.all()) for mask in self.masks_.values())
 
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
+        self._lost = self._lost or bool(plan.removed)
         self._judge.sums, self._gradients = _taken(self._judge.sums, plan), _taken(self._gradients, plan)
         if self._rewind is not None:
             self._rewind.follow(plan)
@@ -335,7 +349,9 @@ class WeightPruning(PruningCallback):
             # The fraction of what is left; a criterion may have nothing collected now, so magnitudes decide.
             options: dict[str, Any] = {"scope": self.scope, "pattern": get_pattern(self.pattern), "part": self._part}
             masks, weights = _taken(self.masks_, plan), dict(self._weights(pl_module))
-            self.masks_ = choose_masks(pl_module, weights, L1(), self.amount, masks=masks, **options)
+            if weights:
+                masks = choose_masks(pl_module, weights, L1(), self.amount, masks=masks, **options)
+            self.masks_ = masks
         self._bind(pl_module)
         self._hold(trainer)
 
@@ -359,6 +375,7 @@ class WeightPruning(PruningCallback):
             "timeline": self._timeline_state(),
             "before": {name: list(counts) for name, counts in self._before.items()},
             "thresholds": dict(self._thresholds),
+            "lost": self._lost,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -373,6 +390,7 @@ class WeightPruning(PruningCallback):
         self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
         self._before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
         self._thresholds = dict(state_dict.get("thresholds", {}))
+        self._lost = state_dict["lost"]
         self._restored = True
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import nn
@@ -13,7 +15,15 @@ from torch import nn
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.plan import Plan
 
-__all__ = ["ACTIVATIONS", "METADATA", "Prunable", "check_dense", "load_from_checkpoint", "structure_state"]
+__all__ = [
+    "ACTIVATIONS",
+    "METADATA",
+    "Prunable",
+    "check_dense",
+    "check_whole",
+    "load_from_checkpoint",
+    "structure_state",
+]
 
 METADATA = "lightning_prune"
 """Where in a state dict's metadata the plan stands: a file of weights alone has nothing else."""
@@ -30,6 +40,39 @@ def check_dense(plan: Plan, dense: Mapping[str, list[int]], owner: str) -> None:
         if dense.get(name) != list(shape):
             had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
             raise PruningError(f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {owner} has {had}")
+
+
+def check_whole(path: str | PathLike[str]) -> None:
+    """Raise a PruningError if a local file is plainly no checkpoint, was cut off, or altered since it was written.
+
+    What torch says of such a file names neither the file nor the damage, and it reads altered weights as they are.
+    """
+    if "://" in str(path) or not Path(path).is_file():
+        return
+    with Path(path).open("rb") as file:
+        start = file.read(2)
+        if start[:1] == b"\x80":  # torch's old format has no sums to check
+            return
+        try:
+            if start != b"PK":
+                raise BadZipFile("it does not begin as one")
+            with ZipFile(file) as archive:
+                damaged = [info.filename for info in archive.infolist() if not _intact(archive, info.filename)]
+                count = len(archive.infolist())
+        except (BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise PruningError(f"{path} is no checkpoint, or it was cut off: {error}") from error
+    if damaged and len(damaged) < count:  # all of them: written without sums, set_crc32_options(False)
+        raise PruningError(f"{path} was altered since it was written: {damaged[0]} is not what its checksum says")
+
+
+def _intact(archive: ZipFile, name: str) -> bool:
+    try:
+        with archive.open(name) as member:
+            while member.read(1 << 20):
+                pass
+    except BadZipFile:
+        return False
+    return True
 
 
 def structure_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -160,6 +203,7 @@ def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> None:
     if "://" in str(path):
         return
     try:
+        check_whole(path)
         content = torch.load(path, map_location="meta", weights_only=True)
         whole = isinstance(content["state_dict"], Mapping)
     except (FileNotFoundError, IsADirectoryError, PermissionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -34,7 +35,8 @@ class Sensitivity:
     Attributes:
         metric: Its name.
         base: Its value for the model as it is.
-        values: By a group's key (its layers and a number), by ratio: the value with that part of the group masked.
+        values: By the layers that make the group, ``"conv1 + block.conv2"``, with a number where they make several
+            (``"qkv#0"``), by ratio: the value with that part of the group masked.
     """
 
     metric: str
@@ -157,7 +159,14 @@ def sensitivity(
     if not values:
         raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
     name = getattr(metric, "__name__", type(metric).__name__)
-    return Sensitivity(name, base, values)
+    return Sensitivity(name, base, _by_layers(values))
+
+
+def _by_layers(values: dict[str, dict[float, float]]) -> dict[str, dict[float, float]]:
+    """By the names of the layers alone, but where they make several groups."""
+    short = Counter(key.rpartition("#")[0] for key in values)
+    named = ((key, key.rpartition("#")[0], row) for key, row in values.items())
+    return {layers if short[layers] == 1 else key: row for key, layers, row in named}
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
