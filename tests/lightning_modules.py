@@ -325,6 +325,17 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(dict(module.state_dict()))
 
 
+def measured_again(resumed: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """A callback's state with the metrics that Lightning does not measure again.
+
+    Resumed from a checkpoint between an epoch's last batch and its validation, it leaves that validation out.
+    """
+    pairs = zip(resumed["timeline"], whole["timeline"], strict=True)
+    filled = [{**one, "metric": other["metric"] if one["metric"] is None else one["metric"]} for one, other in pairs]
+    assert sum(one != other for one, other in zip(filled, resumed["timeline"], strict=True)) <= 1
+    return {**resumed, "timeline": filled}
+
+
 def assert_same(first: Any, second: Any) -> None:
     """Two trees of tensors and plain values are bit for bit the same."""
     (leaves, tree), (others, other_tree) = pytree.tree_flatten(first), pytree.tree_flatten(second)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,8 @@ from lightning_prune.pruning.select import check_choice, globs
 from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weight_criteria import L1, GradientCriterion, Random, Wanda, get_weight_criterion, mix_seed
 from lightning_prune.pruning.weights import check_fit, check_scope, choose_masks, prunable_weights
+from lightning_prune.report.layers import magnitudes, threshold_of
+from lightning_prune.report.report import Moment
 
 __all__ = ["WeightPruning"]
 
@@ -116,6 +118,8 @@ class WeightPruning(PruningCallback):
         self._seed: int | None = None
         self._pruned = 0.0
         self._rewind: Rewind | None = None
+        self._before: dict[str, list[int]] = {}
+        self._thresholds: dict[str, float] = {}
         self._lost = False
 
     def _weights(self, pl_module: Any) -> dict[str, torch.nn.Parameter]:
@@ -162,6 +166,7 @@ class WeightPruning(PruningCallback):
             self._restored = False
         if not self._restored:
             self._judge.sums, self._rewind, self._seed = {}, None, None
+            self._before, self._thresholds = {}, {}
         self._restored = False
         self._bind(pl_module)
 
@@ -277,6 +282,8 @@ class WeightPruning(PruningCallback):
             masks = moved(masks, weights, self.regrow, part, step, self._gradients)
         if trainer.world_size > 1:
             masks = trainer.strategy.broadcast({name: mask.cpu() for name, mask in masks.items()})
+        if further and self.report:
+            self._look_at(weights, masks)
         self.masks_, self._pruned = masks, self._part
         if further:
             self._judge.forget()
@@ -287,6 +294,25 @@ class WeightPruning(PruningCallback):
                         other._hold(trainer)
         self._bind(pl_module)
         self._hold(trainer)
+
+    def _look_at(self, weights: Mapping[str, Tensor], masks: Masks) -> None:
+        """Before weights go: how large they are, and up to which magnitude they go."""
+        for name, weight in weights.items():
+            if hasattr(weight, "device_mesh"):  # a shard doesn't tell
+                continue
+            if name not in self._before:
+                self._before[name] = magnitudes(weight)
+            mask = masks[name].to(weight.device)
+            old = self.masks_.get(name)
+            gone = ~mask if old is None else old.to(weight.device) & ~mask
+            if bool(gone.any()):
+                self._thresholds.pop(name, None)
+                found = threshold_of(weight[gone], weight[mask])
+                if found is not None:
+                    self._thresholds[name] = found
+
+    def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
+        return self._before, self._thresholds
 
     def _choose(self, trainer: Any, pl_module: Any, weights: dict[str, Tensor]) -> Masks:
         collected = self._judge.sums
@@ -346,6 +372,9 @@ class WeightPruning(PruningCallback):
             "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},
             "seed": self._seed,
             "rewind": None if self._rewind is None else self._rewind.to_dict(),
+            "timeline": self._timeline_state(),
+            "before": {name: list(counts) for name, counts in self._before.items()},
+            "thresholds": dict(self._thresholds),
             "lost": self._lost,
         }
 
@@ -358,6 +387,9 @@ class WeightPruning(PruningCallback):
         self._judge.sums = dict(state_dict["sums"])
         self._seed = state_dict["seed"]
         self._rewind = None if state_dict["rewind"] is None else Rewind.from_dict(state_dict["rewind"])
+        self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
+        self._before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
+        self._thresholds = dict(state_dict.get("thresholds", {}))
         self._lost = state_dict["lost"]
         self._restored = True
 
