@@ -154,7 +154,8 @@ class Prunable:
     def _become(self, plan: Plan) -> None:
         if isinstance(self, nn.Module):
             become(self, plan, self.pruning_plan)
-        self.pruning_plan = plan
+        if plan != self.pruning_plan or plan.skeletons:  # told twice, the first one knows what was removed
+            self.pruning_plan = plan
 
     def _choose(self, plan: Plan) -> None:
         if plan == self.activation_plan or not isinstance(self, nn.Module):
