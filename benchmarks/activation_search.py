@@ -102,7 +102,7 @@ def run(activation: str | None, seed: int, data: dict[str, TensorDataset], epoch
     return accuracy, ", ".join(chosen) or "relu"
 
 
-def accuracy(quick: bool, seeds: int, epochs: int) -> None:
+def accuracy(quick: bool, seeds: int, epochs: int, only: list[str] | None) -> None:
     """Accuracy of ReLU, of both kinds of search, and of every single activation."""
     train = images([f"data_batch_{n}" for n in range(1, 2 if quick else 6)])
     held = 1000 if quick else 5000
@@ -114,7 +114,8 @@ def accuracy(quick: bool, seeds: int, epochs: int) -> None:
     }
     rows: dict[str, list[float]] = {}
     kinds: list[tuple[str, str | None, str]] = [(name, name, "") for name in DEFAULT_CHOICES]
-    kinds = [*kinds[: 2 if quick else None], ("search: mixture", None, "mixture"), ("search: trial", None, "trial")]
+    searches: list[tuple[str, str | None, str]] = [("mixture", None, "mixture"), ("trial", None, "trial")]
+    kinds = [kind for kind in (*searches, *kinds[: 2 if quick else None]) if only is None or kind[0] in only]
     for name, activation, mode in kinds:
         for seed in range(1 if quick else seeds):
             start = time.perf_counter()
@@ -242,6 +243,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument(
+        "--only", nargs="+", choices=["mixture", "trial", *DEFAULT_CHOICES], help="of accuracy: these rows only"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -250,7 +254,7 @@ def main() -> None:
     elif arguments.what == "searching":
         searching()
     else:
-        accuracy(arguments.quick, arguments.seeds, arguments.epochs)
+        accuracy(arguments.quick, arguments.seeds, arguments.epochs, arguments.only)
 
 
 if __name__ == "__main__":
