@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -30,6 +31,9 @@ METADATA = "lightning_prune"
 
 ACTIVATIONS = "lightning_prune_activations"
 """Where the plan of `ActivationSearch` stands."""
+
+OBJECTS = ("unsupported global", "unrecognized function", "can only build", "can only create")
+"""In what torch says of a file that has more than plain data in it; the rest is said of damaged ones."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -173,15 +177,22 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
         cls: Its class.
         path: The checkpoint, with weights only or with everything.
         **init: What ``cls.load_from_checkpoint`` takes: constructor arguments that are not among the saved
-            hyper-parameters, ``map_location``, ``strict``, ….
+            hyper-parameters, ``map_location``, ``strict``, ``weights_only``, …. A file that holds objects of classes
+            other than torch's is refused, since reading it runs code; ``weights_only=False`` trusts it.
 
     Raises:
-        PruningError: The file is damaged or no checkpoint, or was pruned from another architecture.
+        PruningError: The file is damaged or no checkpoint, holds objects that have to be trusted, or was pruned from
+            another architecture.
     """
     loader = getattr(cls, "load_from_checkpoint", None)
     if not isinstance(cls, type) or loader is None:
         raise PruningError(f"cls must be a LightningModule class, got {cls!r}")
-    _check_file(cls, path)
+    if not _check_file(cls, path) and init.get("weights_only") is not False:
+        raise PruningError(
+            f"{path} holds objects that are unpickled by running code; pass weights_only=False if you trust it"
+        )
+    if "weights_only" not in inspect.signature(loader).parameters:
+        init.pop("weights_only", None)  # lightning 2.5 always unpickles
     knows: Any = cls
     if not issubclass(cls, Prunable):
         knows = type(cls.__name__, (Prunable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -199,10 +210,14 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
     return result
 
 
-def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> None:
-    """Raise a PruningError unless a local file holds a state dict, without running what else is in it."""
+def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> bool:
+    """Whether a file has only plain data in it; nothing in it is run to find out.
+
+    Raises:
+        PruningError: It is a local file without a state dict.
+    """
     if "://" in str(path):
-        return
+        return True  # Lightning decides
     try:
         check_whole(path)
         content = torch.load(path, map_location="meta", weights_only=True)
@@ -210,10 +225,11 @@ def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> None:
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            return  # objects of other classes in it: Lightning decides
+        if any(sign in str(error).lower() for sign in OBJECTS):
+            return False
         raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
         raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     if not whole:
         raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: its state_dict is none")
+    return True
