@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import SWALR
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
@@ -371,3 +372,13 @@ def left_hooks(trainer: Any, module: nn.Module) -> list[Any]:
     registries += [p._backward_hooks for p in module.parameters()]
     registries += [p._post_accumulate_grad_hooks for p in module.parameters()]
     return [value for value in registries if value and not callable(value)]
+
+
+def load_plain(path: Any) -> Any:
+    """A checkpoint's content, with nothing but plain data and tensors in it.
+
+    The SWALR of torch 2.6 puts a method of its own into its state; that is none of ours.
+    """
+    old = [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]
+    with torch.serialization.safe_globals([getattr, SWALR] if old else []):
+        return torch.load(path, weights_only=True)

@@ -30,6 +30,7 @@ from lightning_modules import (
     assert_same,
     fit,
     left_hooks,
+    load_plain,
     measured_again,
     mlp,
     neurons,
@@ -138,7 +139,7 @@ class Compared:
         """Resume from each checkpoint but the last, which is after everything."""
         assert len(self.paths) == number
         for path in self.paths[:-1]:
-            torch.load(path, weights_only=True)
+            load_plain(path)
             module, ours = seeded(self.make, 7), self.pruning()
             trainer = self.fit(module, *ours, ckpt_path=path)
             assert trainer.global_step == self.trainer.global_step, path.stem

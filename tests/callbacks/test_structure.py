@@ -532,7 +532,7 @@ def test_nothing_is_left_behind(which: str) -> None:
     expected = module.net(x)
     for again in (copy.deepcopy(module.net), pickle.loads(pickle.dumps(module.net))):
         assert torch.equal(again(x), expected)
-    exported = torch.export.export(module.net.eval(), (x,)).module()
+    exported = torch.export.export(module.net.eval(), (x,), strict=False).module()
     torch.testing.assert_close(exported(x), module.net(x))
 
 
