@@ -3,6 +3,7 @@
     python benchmarks/activation_search.py accuracy            # ReLU, the search, every single activation; seeds
     python benchmarks/activation_search.py accuracy --quick    # one short run of each, to see that it works
     python benchmarks/activation_search.py overhead            # a step after the commit, beside a model written so
+    python benchmarks/activation_search.py searching           # a step during the search, beside one without
 
 CIFAR-10 is read from ``data/cifar-10-batches-py``. The search's own batches are held out of the training images, so
 the test images see each model once, at the end.
@@ -15,14 +16,15 @@ import pickle
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_prune import ActivationSearch, Plan, find_activations
 from lightning_prune.activations.apply import changes_for
@@ -44,11 +46,11 @@ def images(files: list[str]) -> TensorDataset:
 
 
 class Classifier(LightningModule):
-    """LeNet, SGD with momentum as in PyTorch's tutorial, batches of 64."""
+    """LeNet, SGD with momentum as in PyTorch's tutorial."""
 
-    def __init__(self, net: nn.Module, data: dict[str, TensorDataset], lr: float = 0.01) -> None:
+    def __init__(self, net: nn.Module, data: dict[str, TensorDataset], lr: float = 0.01, batch: int = 64) -> None:
         super().__init__()
-        self.net, self.sets, self.lr = net, data, lr
+        self.net, self.sets, self.lr, self.batch = net, data, lr, batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross entropy."""
@@ -66,11 +68,12 @@ class Classifier(LightningModule):
 
     def train_dataloader(self) -> Any:
         """Shuffled."""
-        return DataLoader(self.sets["train"], 64, shuffle=True, drop_last=True)
+        batches = BatchSampler(RandomSampler(self.sets["train"]), self.batch, drop_last=True)
+        return DataLoader(self.sets["train"], sampler=batches, batch_size=None)  # a whole batch at once
 
     def val_dataloader(self) -> Any:
         """Held out of the training images."""
-        return DataLoader(self.sets["val"], 250)
+        return DataLoader(self.sets["val"], min(250, 4 * self.batch))
 
     def test_dataloader(self) -> Any:
         """The test images."""
@@ -99,7 +102,7 @@ def run(activation: str | None, seed: int, data: dict[str, TensorDataset], epoch
     return accuracy, ", ".join(chosen) or "relu"
 
 
-def accuracy(quick: bool, seeds: int, epochs: int) -> None:
+def accuracy(quick: bool, seeds: int, epochs: int, only: list[str] | None) -> None:
     """Accuracy of ReLU, of both kinds of search, and of every single activation."""
     train = images([f"data_batch_{n}" for n in range(1, 2 if quick else 6)])
     held = 1000 if quick else 5000
@@ -111,7 +114,8 @@ def accuracy(quick: bool, seeds: int, epochs: int) -> None:
     }
     rows: dict[str, list[float]] = {}
     kinds: list[tuple[str, str | None, str]] = [(name, name, "") for name in DEFAULT_CHOICES]
-    kinds = [*kinds[: 2 if quick else None], ("search: mixture", None, "mixture"), ("search: trial", None, "trial")]
+    searches: list[tuple[str, str | None, str]] = [("mixture", None, "mixture"), ("trial", None, "trial")]
+    kinds = [kind for kind in (*searches, *kinds[: 2 if quick else None]) if only is None or kind[0] in only]
     for name, activation, mode in kinds:
         for seed in range(1 if quick else seeds):
             start = time.perf_counter()
@@ -171,19 +175,86 @@ def overhead(rounds: int = 15, steps: int = 20) -> None:
         print(f"{name}: {ours * 1e3:.3f} ms, written so {theirs * 1e3:.3f} ms, ratio {ours / theirs:.3f}")
 
 
+class Steps(Callback):
+    """Time of each training step, and bytes that autograd keeps for its backward."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.kept: list[int] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """A step begins; every tenth one tells its memory instead of its time."""
+        self.sizes: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+        self.began = 0.0
+        if len(self.times) % 10 == 9:
+            self.hooks.__enter__()
+        else:
+            self.began = time.process_time()
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Note a tensor once."""
+        self.sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """A step ends."""
+        if self.began:
+            self.times.append(time.process_time() - self.began)
+        else:
+            self.hooks.__exit__(None, None, None)
+            self.kept.append(sum(self.sizes.values()))
+            self.times.append(statistics.median(self.times))
+
+
+def searching() -> None:
+    """Time and memory of a training step while the mixture is in the model, beside one without."""
+    from torchvision.models import resnet18
+
+    def steps(make: Any, size: int, batch: int, count: int, search: bool) -> Steps:
+        seed_everything(0, verbose=False)
+        sets = {
+            "train": TensorDataset(torch.randn(64 * count, 3, size, size), torch.randint(10, (64 * count,))),
+            "val": TensorDataset(torch.randn(250, 3, size, size), torch.randint(10, (250,))),
+        }
+        watch, module = Steps(), Classifier(make(), sets, batch=batch)
+        callbacks = [ActivationSearch(search_until=1, report=False), watch] if search else [watch]
+        Trainer(
+            max_epochs=2, limit_train_batches=count, limit_val_batches=1, callbacks=callbacks, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            devices=1, num_sanity_val_steps=0,
+        ).fit(module)  # fmt: skip
+        watch.times = watch.times[:count]  # the second epoch's end commits
+        return watch
+
+    for name, make, size, batch, count in (
+        ("LeNet, batch 64", LeNet, 32, 64, 200),
+        ("resnet18, batch 32", partial(resnet18, weights=None), 32, 32, 31),
+    ):
+        before, ours, after = (steps(make, size, batch, count, search) for search in (False, True, False))
+        alone = statistics.median(before.times + after.times)
+        memory = statistics.median(ours.kept) / statistics.median(before.kept)
+        print(f"{name}: step {statistics.median(ours.times) / alone:.2f} times as long, {memory:.2f} times the memory")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "overhead"])
+    parser.add_argument("what", choices=["accuracy", "overhead", "searching"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument(
+        "--only", nargs="+", choices=["mixture", "trial", *DEFAULT_CHOICES], help="of accuracy: these rows only"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if arguments.what == "overhead":
         overhead()
+    elif arguments.what == "searching":
+        searching()
     else:
-        accuracy(arguments.quick, arguments.seeds, arguments.epochs)
+        accuracy(arguments.quick, arguments.seeds, arguments.epochs, arguments.only)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""The table of neuron pruning on CIFAR-10: dense, `NeuronPruning`, torch-pruning, and the small network from scratch.
+"""Pruning on CIFAR-10: dense, `NeuronPruning`, torch-pruning, the small network from scratch; kernels and layers.
 
     python ../shared/data/unpack.py data
     python benchmarks/cifar10.py [--nets lenet resnet20] [--factors 2 2.5] [--seeds 0 1 2] [--csv FILE] [--quick]
+    python benchmarks/cifar10.py --nets resnet20 --factors 2 --sides dense ours kernels layers
     python benchmarks/cifar10.py --held-out --sides ours --criterion l1 --options scope=layer end=0.3
 
 Every side trains from its first weights for the same number of epochs, with the same images, optimizer and learning
 rates: the dense network; ours, which loses MACs by `NeuronPruning` as it trains; torch-pruning, which loses as many at
 the ends of the same epochs and then gets a new optimizer, for the old one holds parameters that are gone; and, from
-scratch, a network of ours' final shape with weights of its own. Budgets are MACs of one image; ``--factors 2`` is
-"at least 2 times fewer". Training images are flipped and moved by up to 4 pixels at random; the 10 000 test images
-are used once, for the final weights: no checkpoint is chosen. The constants in `NETS` were chosen with ``--held-out``:
-5 000 of the 50 000 tell the accuracy, the others train, and nothing is known of the test images.
+scratch, a network of ours' final shape with weights of its own. ``kernels`` and ``layers`` lose their MACs by
+`KernelShrinking` and `LayerPruning` instead; a budget that they can't reach is left out. Budgets are MACs of one
+image; ``--factors 2`` is "at least 2 times fewer". Training images are flipped and moved by up to 4 pixels at random;
+the 10 000 test images are used once, for the final weights: no checkpoint is chosen. The constants in `NETS` were
+chosen with ``--held-out``: 5 000 of the 50 000 tell the accuracy, the others train, and nothing is known of the test
+images.
 
 ResNet-56 and VGG-16-BN are for a GPU; where there is none only the two small networks are in the table, unless asked
 for by name.
@@ -38,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune import NeuronPruning, count_cost
+from lightning_prune import KernelShrinking, LayerPruning, NeuronPruning, PruningError, count_cost
 from lightning_prune.models import LeNet
 
 HELD_OUT = 5_000
@@ -49,7 +52,8 @@ WARMUP = 0.1
 """Fraction of training until the learning rate is at its height; a cosine takes it down to zero from there."""
 TP_STEPS = 400
 """In how many steps torch-pruning would remove all channels; it stops where the budget is met."""
-SIDES = ("dense", "ours", "torch-pruning", "from scratch")
+SIDES = ("dense", "ours", "torch-pruning", "from scratch", "kernels", "layers")
+STRUCTURE = {"kernels": KernelShrinking, "layers": LayerPruning}
 
 # ------------------------------------------------------------------------------------------------------------ networks
 
@@ -110,6 +114,7 @@ class Recipe:
     weight_decay: float
     ours: dict[str, Any] = field(default_factory=dict)  # arguments of NeuronPruning
     theirs: dict[str, Any] = field(default_factory=dict)  # of torch-pruning, see TorchPruning
+    precision: Any = "32-true"  # of training, as Lightning calls it; accuracies are those of the network in float32
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -287,6 +292,7 @@ def train(net: nn.Module, recipe: Recipe, data: Data, seed: int, callbacks: list
         max_epochs=recipe.epochs,
         accelerator=data.images.device.type,
         devices=1,
+        precision=recipe.precision,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
@@ -298,7 +304,7 @@ def train(net: nn.Module, recipe: Recipe, data: Data, seed: int, callbacks: list
 
 def new(recipe: Recipe, seed: int) -> nn.Sequential:
     L.seed_everything(seed, verbose=False)
-    return recipe.build()
+    return recipe.build().to(memory_format=torch.channels_last)  # the same numbers, sooner
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -331,6 +337,8 @@ class Bench:
         elif side == "from scratch":
             self.plans[factor, seed].apply(Classifier(net, recipe, 1))
             reset(net, seed)
+        elif side in STRUCTURE:
+            callbacks.append(STRUCTURE[side](1 - 1 / factor, of="macs", report=False))
         model = train(net, recipe, self.data, seed, callbacks)
         if side == "ours":
             self.plans[factor, seed] = pruning.plan_
@@ -362,8 +370,14 @@ class Bench:
                 yield self.measure("dense", 1.0, seed)
             for factor in factors:
                 for side in SIDES[1:]:
-                    if side in sides:
+                    if side not in sides:
+                        continue
+                    try:
                         yield self.measure(side, factor, seed)
+                    except PruningError as error:
+                        if side not in STRUCTURE:
+                            raise
+                        print(f"{side}: {str(error).splitlines()[0]}", flush=True)
 
 
 def reset(net: nn.Module, seed: int) -> None:
@@ -480,7 +494,7 @@ def option(text: str) -> tuple[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(NETS), help="only these networks")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="from scratch needs ours")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]), help="from scratch needs ours")
     parser.add_argument("--factors", nargs="+", type=float, default=[2.0, 2.5], help="how many times fewer MACs")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the trainings of each side, instead of the recipe's")
     parser.add_argument("--criterion", help="of NeuronPruning, instead of the recipe's")
@@ -497,6 +511,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=int if name in ("epochs", "batch") else float, help="instead of the recipe's"
         )
+    parser.add_argument("--precision", help="of training, as Lightning calls it, instead of the recipe's")
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs of 3 200 images: does it run?")
     parser.add_argument("--held-out", action="store_true", help="accuracy on held-out training images, not the test's")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is")
@@ -514,6 +529,7 @@ def recipe_of(name: str, args: argparse.Namespace) -> Recipe:
     recipe = NETS[name]
     fields = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__}
     fields |= {f: value for f in ("epochs", "batch", "lr", "weight_decay") if (value := getattr(args, f)) is not None}
+    fields |= {"precision": args.precision} if args.precision else {}
     fields["ours"] = recipe.ours | ({"criterion": args.criterion} if args.criterion else {}) | dict(args.options)
     fields["theirs"] = recipe.theirs | dict(args.tp_options)
     return Recipe(**(fields | ({"epochs": 2} if args.quick else {})))

@@ -34,6 +34,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from zoo_checks import Options, columns, run_one
 from zoo_models import ZOOS
 
@@ -73,10 +74,11 @@ def main() -> None:
         print("\n".join(names))
         return
     rows: list[Row] = []
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(names), desc=args.zoo, disable=None) as bar:
         for row in pool.map(lambda name: run_apart(args.zoo, name, options), names):
             rows.append(row)
-            print(progress(row, options, f"{len(rows)}/{len(names)}"), flush=True)
+            bar.write(progress(row, options, f"{len(rows)}/{len(names)}"))
+            bar.update()
             if args.csv:
                 write_csv(args.csv, rows)
     print_table(rows, options, scaling=args.zoo == "scaling")

@@ -13,6 +13,7 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import Prunable, load_from_checkpoint
 from lightning_prune.pruning.sensitivity import Sensitivity, sensitivity
 from lightning_prune.pruning.weights import prune_weights
+from lightning_prune.report.build import compare
 from lightning_prune.report.cost import count_cost
 from lightning_prune.report.report import Report
 from lightning_prune.schedulers import create_lr_scheduler, plot_lr, preview_lr
@@ -34,6 +35,7 @@ __all__ = [
     "SurgeryError",
     "TraceError",
     "WeightPruning",
+    "compare",
     "count_cost",
     "create_lr_scheduler",
     "find_activations",

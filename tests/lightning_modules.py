@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import SWALR
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
@@ -325,6 +326,17 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(dict(module.state_dict()))
 
 
+def measured_again(resumed: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """A callback's state with the metrics that Lightning does not measure again.
+
+    Resumed from a checkpoint between an epoch's last batch and its validation, it leaves that validation out.
+    """
+    pairs = zip(resumed["timeline"], whole["timeline"], strict=True)
+    filled = [{**one, "metric": other["metric"] if one["metric"] is None else one["metric"]} for one, other in pairs]
+    assert sum(one != other for one, other in zip(filled, resumed["timeline"], strict=True)) <= 1
+    return {**resumed, "timeline": filled}
+
+
 def assert_same(first: Any, second: Any) -> None:
     """Two trees of tensors and plain values are bit for bit the same."""
     (leaves, tree), (others, other_tree) = pytree.tree_flatten(first), pytree.tree_flatten(second)
@@ -360,3 +372,13 @@ def left_hooks(trainer: Any, module: nn.Module) -> list[Any]:
     registries += [p._backward_hooks for p in module.parameters()]
     registries += [p._post_accumulate_grad_hooks for p in module.parameters()]
     return [value for value in registries if value and not callable(value)]
+
+
+def load_plain(path: Any) -> Any:
+    """A checkpoint's content, with nothing but plain data and tensors in it.
+
+    The SWALR of torch 2.6 puts a method of its own into its state; that is none of ours.
+    """
+    old = [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]
+    with torch.serialization.safe_globals([getattr, SWALR] if old else []):
+        return torch.load(path, weights_only=True)

@@ -10,7 +10,7 @@ import lightning_prune
 ROOT = Path(lightning_prune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-FLOORS = [("errors",), ("graph",), ("activations",), ("pruning",), ("report", "export"), ("callbacks",)]
+FLOORS = [("errors",), ("graph",), ("activations",), ("pruning",), ("report", "export"), ("callbacks",), ("cli",)]
 """From the ground up; what stands beside the floors (models, schedulers) may use errors and each other."""
 BESIDE = ("models", "schedulers", "sparse", "_lightning")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics")
@@ -45,11 +45,13 @@ def name_of(file: Path) -> str:
 
 
 def test_every_file_stands_on_a_floor() -> None:
-    known = {part for parts in FLOORS for part in parts} | set(BESIDE) | {"__init__"}
+    known = {part for parts in FLOORS for part in parts} | set(BESIDE) | {"__init__", "__main__"}
     assert {file.relative_to(ROOT).parts[0].removesuffix(".py") for file in FILES} <= known
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f != ROOT / "__init__.py"], ids=name_of)
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.parent != ROOT or f.name not in ("__init__.py", "__main__.py")], ids=name_of
+)
 def test_imports_point_down(file: Path) -> None:
     own = file.relative_to(ROOT).parts[0].removesuffix(".py")
     used = {part_of(module) for module in imports(file) if module.split(".")[0] == "lightning_prune"} - {own}
@@ -57,7 +59,7 @@ def test_imports_point_down(file: Path) -> None:
     if own in BESIDE:
         assert used <= {"errors", *BESIDE}
     else:
-        top = {*BESIDE} if own == "callbacks" else set()
+        top = {*BESIDE} if own in ("callbacks", "cli") else set()
         assert all(part in top or floor(part) <= floor(own) for part in used), used
         beside = [part for part in used if part not in top and floor(part) == floor(own)]
         assert not beside or own in ("report", "export"), beside
@@ -67,7 +69,9 @@ def test_imports_point_down(file: Path) -> None:
 def test_only_the_top_knows_lightning(file: Path) -> None:
     used = {module.split(".")[0] for module in imports(file)} & set(LIGHTNING)
     path = name_of(file)
-    assert not used or path.startswith("callbacks/") or path in ("models/classifier.py", "_lightning.py"), used
+    assert not used or path.startswith(("callbacks/", "cli/")) or path in ("models/classifier.py", "_lightning.py"), (
+        used
+    )
 
 
 def test_the_walk_sees_imports() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -15,17 +17,30 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune._lightning import accept_both_lightnings
 from lightning_prune.callbacks._clock import Clock, Point, check_every, check_window
+from lightning_prune.callbacks._files import check_files, check_no_files
+from lightning_prune.callbacks._loggers import log_figures, log_scalars
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
+from lightning_prune.graph.groups import Groups
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.schedules import Schedule, get_schedule
 from lightning_prune.pruning.select import check_amount, globs
+from lightning_prune.pruning.sensitivity import Sensitivity
+from lightning_prune.report.build import build_report
 from lightning_prune.report.cost import Cost, cost_of_calls
-from lightning_prune.report.report import Report, build_report
+from lightning_prune.report.report import Moment, Report
 from lightning_prune.report.run import measurable, needs_library
 from lightning_prune.schedulers import FollowsPruning
 
-__all__ = ["ConfigurationError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
+__all__ = ["ConfigurationError", "NoReportError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
+
+
+MOMENTS = 1000
+"""So many moments of a timeline are kept, and a few more: of those without a metric every second goes then."""
+
+
+class NoReportError(PruningError, AttributeError):
+    """The report of a run that has not been; so ``hasattr`` is false."""
 
 
 class ConfigurationError(PruningError, MisconfigurationException):
@@ -65,7 +80,8 @@ class PruningCallback(Callback):
 
     Attributes:
         amount_: Fraction that the schedule has asked for so far.
-        report_: Dense against pruned, after ``fit`` (on rank 0; None before).
+        report_: Dense against pruned, after ``fit``; None with ``report=False`` and on other ranks than 0.
+        timeline_: What happened so far, at each pruning and each epoch's end; of several callbacks the last one's.
     """
 
     def __init__(
@@ -100,7 +116,10 @@ class PruningCallback(Callback):
         self._progress = 0.0
         self._part = 0.0
         self._key: str | None = None
-        self.report_: Report | None = None
+        self.timeline_: list[Moment] = []
+        self._report: Report | None = None
+        self._has_run = False
+        self._advanced = False
         self._clock: Clock | None = None
         self._steps = 0
         self._watching = ExitStack()
@@ -112,6 +131,21 @@ class PruningCallback(Callback):
 
     strategies: ClassVar[tuple[str, ...]] = ("SingleDeviceStrategy", "DDPStrategy")
     """Names of the strategies it works with, those derived from them included."""
+
+    @property
+    def report_(self) -> Report | None:
+        """Dense against pruned, after ``fit``; None with ``report=False`` and on other ranks than 0.
+
+        Raises:
+            NoReportError: There was no ``fit`` yet.
+        """
+        if not self._has_run:
+            raise NoReportError(f"this {type(self).__name__} has no report yet: Trainer.fit makes it")
+        return self._report
+
+    @report_.setter
+    def report_(self, report: Report | None) -> None:
+        self._report, self._has_run = report, True
 
     @property
     def state_key(self) -> str:
@@ -158,6 +192,18 @@ class PruningCallback(Callback):
         """What has been removed so far."""
         return Plan({}, {})
 
+    def _groups(self) -> Groups | None:
+        """The groups of the model as it is now, where they are known."""
+        return None
+
+    def _sensitivity(self) -> Sensitivity | None:
+        """Curves, where they were measured."""
+        return None
+
+    def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
+        """Histograms of the weights before pruning, and the magnitudes below which they were set to zero."""
+        return {}, {}
+
     def _release(self) -> None:
         """Take out of model and optimizers what was put there for this run."""
 
@@ -186,6 +232,7 @@ class PruningCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what can be seen to be impossible before anything is set up."""
+        check_files(trainer)
         if stage == "fit":
             known = {cls.__name__ for cls in type(trainer.strategy).__mro__}
             if not known & set(self.strategies):
@@ -217,6 +264,8 @@ class PruningCallback(Callback):
         self._resolve(trainer)
         self._steps = trainer.global_step
         self._calls, self._measured = None, None
+        # Those of another run, and those that come once more.
+        self.timeline_ = [moment for moment in self.timeline_ if moment.step <= trainer.global_step]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Observe the first batch that runs the model: its parts, and their inputs."""
@@ -245,8 +294,9 @@ class PruningCallback(Callback):
         self._drop_watch(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Observe training only."""
+        """Observe training only; a metric of training is known now."""
         self._drop_watch(trainer)
+        self._measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
@@ -254,12 +304,17 @@ class PruningCallback(Callback):
             callback._end_watch(trainer, pl_module)
         ends = self._prune_if_due(trainer, pl_module, batch_idx)
         self._settle(trainer, pl_module)
-        if ends and self._speaks(trainer):
-            self._log(trainer, pl_module)
+        if self._speaks(trainer):
+            advanced = any(callback._advanced for callback in pruning_callbacks(trainer))
+            if ends or advanced:
+                moment = self._moment(trainer, pl_module, batch_idx)
+                self._remember(moment)
+                self._log(trainer, pl_module, moment, epoch=ends)
 
     def _prune_if_due(self, trainer: Any, pl_module: Any, batch_idx: int) -> bool:
         """Prune if it is time to; whether the epoch or the training ends here."""
         assert self._clock is not None
+        self._advanced = False
         last: bool = trainer.is_last_batch
         if not last and trainer.max_steps == -1 and self.every == "epoch":
             return False
@@ -278,6 +333,7 @@ class PruningCallback(Callback):
             self.amount_ = max(self.amount_, self.amount * self._part)
             if self._part > 0:
                 self._prune(trainer, pl_module, self.amount_)
+            self._advanced = self._part > before
             if self._part > before:
                 _tell_schedulers(trainer, last)
         return last or final
@@ -292,29 +348,76 @@ class PruningCallback(Callback):
             return None, self._cost.macs
         return next((macs for c in pruning_callbacks(trainer) if (macs := c._traced_macs())), None)
 
-    def _log(self, trainer: Any, pl_module: Any) -> None:
+    def _moment(self, trainer: Any, pl_module: Any, batch_idx: int | None = None) -> Moment:
+        """How things stand, after a batch or (None) whenever else."""
         if self._measured is None:
             self._measured = measurable(pl_module, self._calls or ())
         if self._cost is None:  # shapes have changed
             self._cost = cost_of_calls(pl_module, self._measured[0])
         nonzero = sum(int(p.count_nonzero()) for p in pl_module.parameters())
-        values = {"sparsity": 1 - nonzero / self._cost.params, "params": float(self._cost.params)}
         macs = self._macs_of_one(trainer)
-        if macs is not None:
-            values["macs"] = float(macs[1])
-        pl_module.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        epoch: float = trainer.current_epoch + 1
+        if batch_idx is not None and not trainer.is_last_batch:
+            epoch = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+        rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        return Moment(
+            epoch,
+            trainer.global_step,
+            max(callback.amount_ for callback in pruning_callbacks(trainer)),
+            1 - nonzero / self._cost.params if self._cost.params else 0.0,
+            self._cost.params,
+            None if macs is None else macs[1],
+            lr=rates[0] if rates else None,
+        )
+
+    def _remember(self, moment: Moment) -> None:
+        self.timeline_ = [each for each in self.timeline_ if each.step < moment.step] + [moment]
+        if len(self.timeline_) > MOMENTS:
+            between = [each for each in self.timeline_[:-1] if each.metric is None][::2]
+            self.timeline_ = [each for each in self.timeline_ if each not in between]
+
+    def _measure(self, trainer: Any, pl_module: Any) -> None:
+        """Put the monitored metric, if it is new, to the moment that it was measured at."""
+        if not self._speaks(trainer) or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        found = trainer._results.metrics(False)["callback"].get(self.monitor) if trainer._results is not None else None
+        if found is None or self._clock is None:
+            return
+        last = self.timeline_[-1] if self.timeline_ else None
+        if last is None or last.step != trainer.global_step:  # a validation in the middle of an epoch
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            last = self._moment(trainer, pl_module, done - 1)
+        self._remember(replace(last, metric=float(found)))
+
+    def _log(self, trainer: Any, pl_module: Any, moment: Moment, *, epoch: bool) -> None:
+        """Tell the loggers: with the epoch's metrics, or at once where the epoch goes on."""
+        values = {"sparsity": moment.sparsity, "params": float(moment.params)}
+        if moment.macs is not None:
+            values["macs"] = float(moment.macs)
+        if epoch:
+            pl_module.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        else:
+            log_scalars(trainer, values)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Remember the metric of the model while it is still whole."""
+        """Remember the metric, also that of the model while it is still whole."""
+        self._measure(trainer, pl_module)
         whole = all(callback.amount_ == 0 for callback in pruning_callbacks(trainer))
         if whole and not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
             self._dense_metric = float(trainer.callback_metrics[self.monitor])
+
+    def _timeline_state(self) -> list[dict[str, Any]]:
+        return [asdict(moment) for moment in self.timeline_]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what was gained."""
         if self.report and trainer.is_global_zero and self._speaks(trainer):
             # Those that change the architecture share one plan.
-            plan = next((own for c in pruning_callbacks(trainer) if (own := c._plan())), Plan({}, {}))
+            ours = pruning_callbacks(trainer)
+            plan = next((own for c in ours if (own := c._plan())), Plan({}, {}))
+            searched = (getattr(callback, "plan_", None) for callback in trainer.callbacks)
+            activations = next((p.activations for p in searched if isinstance(p, Plan) and p.activations), None)
+            before, thresholds = _merged(c._magnitudes() for c in ours)
             metric = trainer.callback_metrics.get(self.monitor)
             report = build_report(
                 pl_module,
@@ -324,9 +427,16 @@ class PruningCallback(Callback):
                 metric=self.monitor,
                 dense_value=self._dense_metric,
                 pruned_value=None if metric is None else float(metric),
+                groups=next((groups for c in ours if (groups := c._groups()) is not None), None),
+                activations=activations,
+                timeline=self.timeline_,
+                sensitivity=next((found for c in ours if (found := c._sensitivity()) is not None), None),
+                before=before,
+                thresholds=thresholds,
             )
-            for callback in pruning_callbacks(trainer):
+            for callback in ours:
                 callback.report_ = report
+            log_figures(trainer, report)
             print(f"\n{report}", flush=True)  # asked for, so not left to the level of a logger
             borrowed = needs_library(pl_module)
             if borrowed:
@@ -349,8 +459,22 @@ class PruningCallback(Callback):
         self._drop_watch(trainer)
         self._release()
         self._calls, self._measured = None, None
+        check_no_files(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
         self._drop_watch(trainer)
         self._release()
+        check_no_files(trainer)
+
+
+def _merged(
+    parts: Iterable[tuple[Mapping[str, list[int]], Mapping[str, float]]],
+) -> tuple[dict[str, list[int]], dict[str, float]]:
+    """What several callbacks know of different weights."""
+    before: dict[str, list[int]] = {}
+    thresholds: dict[str, float] = {}
+    for counts, lowest in parts:
+        before |= counts
+        thresholds |= lowest
+    return before, thresholds

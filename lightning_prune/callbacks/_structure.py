@@ -23,6 +23,7 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import METADATA, Prunable, check_dense, structure_state
 from lightning_prune.pruning.schedules import Schedule
 from lightning_prune.pruning.surgery import fit_shapes
+from lightning_prune.report.report import Moment
 
 __all__ = ["ObservingCallback", "StructureCallback", "structure_callbacks"]
 
@@ -172,6 +173,7 @@ class StructureCallback(PruningCallback):
             "plan": self.plan_.to_dict(),
             "acted": self._acted,
             "macs_left": self._macs_left,
+            "timeline": self._timeline_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,6 +186,7 @@ class StructureCallback(PruningCallback):
             self.plan_ = plan
         self._acted = state_dict["acted"]
         self._macs_left = state_dict["macs_left"]
+        self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Describe the state dict of a checkpoint that is saved after ``fit`` too."""

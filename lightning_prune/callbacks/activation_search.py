@@ -23,6 +23,7 @@ from lightning_prune.activations.mixture import UNITS, Mixture, draw_units, inst
 from lightning_prune.activations.sites import SiteFinder, Sites
 from lightning_prune.callbacks._base import ConfigurationError, averaged_copies
 from lightning_prune.callbacks._clock import Clock, Point, check_window
+from lightning_prune.callbacks._files import check_files, check_no_files
 from lightning_prune.callbacks._trials import ShortRuns, aside, fetch, loss_on, validation_batches
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.pruning.plan import Plan
@@ -104,6 +105,9 @@ class ActivationSearch(Callback):
 
     The mixture's weights are in an optimizer of the callback's own (Adam without weight decay): one more group in the
     user's optimizer would change what its scheduler counts and what its checkpoint holds, and LBFGS takes one only.
+
+    While it searches, a step keeps what all candidates need for their backward, of a held-out batch too: validation
+    batches much larger than the training's may be what memory ends at.
 
     Fitting on held-out batches and short runs call ``training_step`` aside from training: nothing is logged, and
     buffers, metrics and random state are put back.
@@ -233,6 +237,7 @@ class ActivationSearch(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what can be seen to be impossible; make a checkpoint's activations come with its weights."""
+        check_files(trainer)
         if stage == "fit":
             known = {cls.__name__ for cls in type(trainer.strategy).__mro__}
             if not known & set(self.strategies):
@@ -661,10 +666,12 @@ class ActivationSearch(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""
         self._release()
+        check_no_files(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
         self._release()
+        check_no_files(trainer)
 
     def _release(self) -> None:
         self._watching.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,8 @@ from lightning_prune.pruning.select import check_choice, globs
 from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weight_criteria import L1, GradientCriterion, Random, Wanda, get_weight_criterion, mix_seed
 from lightning_prune.pruning.weights import check_fit, check_scope, choose_masks, prunable_weights
+from lightning_prune.report.layers import magnitudes, threshold_of
+from lightning_prune.report.report import Moment
 
 __all__ = ["WeightPruning"]
 
@@ -116,14 +118,24 @@ class WeightPruning(PruningCallback):
         self._seed: int | None = None
         self._pruned = 0.0
         self._rewind: Rewind | None = None
+        self._before: dict[str, list[int]] = {}
+        self._thresholds: dict[str, float] = {}
+        self._lost = False
 
     def _weights(self, pl_module: Any) -> dict[str, torch.nn.Parameter]:
-        return prunable_weights(pl_module, globs("include", self.include), globs("exclude", self.exclude))
+        try:
+            return prunable_weights(pl_module, globs("include", self.include), globs("exclude", self.exclude))
+        except PruningError:
+            if self._lost:  # all of its layers may be among those that are gone
+                return {}
+            raise
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
+        self._lost = self._lost and self._restored
         try:
             weights = self._weights(pl_module)
-            check_fit(pl_module, weights, self.amount, self.scope, get_pattern(self.pattern))
+            if weights:
+                check_fit(pl_module, weights, self.amount, self.scope, get_pattern(self.pattern))
             if isinstance(self._judge, Wanda):
                 self._judge.check(pl_module, list(weights))
         except PruningError as error:
@@ -154,6 +166,7 @@ class WeightPruning(PruningCallback):
             self._restored = False
         if not self._restored:
             self._judge.sums, self._rewind, self._seed = {}, None, None
+            self._before, self._thresholds = {}, {}
         self._restored = False
         self._bind(pl_module)
 
@@ -256,6 +269,8 @@ class WeightPruning(PruningCallback):
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         weights, further = self._weights(pl_module), self._part > self._pruned
+        if not weights:
+            return
         step = mix_seed(self._seed or 0, str(trainer.global_step))
         if isinstance(self._judge, Random):
             self._judge.seed = step
@@ -267,6 +282,8 @@ class WeightPruning(PruningCallback):
             masks = moved(masks, weights, self.regrow, part, step, self._gradients)
         if trainer.world_size > 1:
             masks = trainer.strategy.broadcast({name: mask.cpu() for name, mask in masks.items()})
+        if further and self.report:
+            self._look_at(weights, masks)
         self.masks_, self._pruned = masks, self._part
         if further:
             self._judge.forget()
@@ -277,6 +294,25 @@ class WeightPruning(PruningCallback):
                         other._hold(trainer)
         self._bind(pl_module)
         self._hold(trainer)
+
+    def _look_at(self, weights: Mapping[str, Tensor], masks: Masks) -> None:
+        """Before weights go: how large they are, and up to which magnitude they go."""
+        for name, weight in weights.items():
+            if hasattr(weight, "device_mesh"):  # a shard doesn't tell
+                continue
+            if name not in self._before:
+                self._before[name] = magnitudes(weight)
+            mask = masks[name].to(weight.device)
+            old = self.masks_.get(name)
+            gone = ~mask if old is None else old.to(weight.device) & ~mask
+            if bool(gone.any()):
+                self._thresholds.pop(name, None)
+                found = threshold_of(weight[gone], weight[mask])
+                if found is not None:
+                    self._thresholds[name] = found
+
+    def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
+        return self._before, self._thresholds
 
     def _choose(self, trainer: Any, pl_module: Any, weights: dict[str, Tensor]) -> Masks:
         collected = self._judge.sums
@@ -297,11 +333,15 @@ class WeightPruning(PruningCallback):
             before=self._pruned,
         )
 
+    def _why_nothing(self) -> str:
+        return "the layers that it was to prune have been removed" if self._lost else super()._why_nothing()
+
     def _has_effect(self) -> bool:
         return not all(bool(mask.all()) for mask in self.masks_.values())
 
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
+        self._lost = self._lost or bool(plan.removed)
         self._judge.sums, self._gradients = _taken(self._judge.sums, plan), _taken(self._gradients, plan)
         if self._rewind is not None:
             self._rewind.follow(plan)
@@ -309,7 +349,9 @@ class WeightPruning(PruningCallback):
             # The fraction of what is left; a criterion may have nothing collected now, so magnitudes decide.
             options: dict[str, Any] = {"scope": self.scope, "pattern": get_pattern(self.pattern), "part": self._part}
             masks, weights = _taken(self.masks_, plan), dict(self._weights(pl_module))
-            self.masks_ = choose_masks(pl_module, weights, L1(), self.amount, masks=masks, **options)
+            if weights:
+                masks = choose_masks(pl_module, weights, L1(), self.amount, masks=masks, **options)
+            self.masks_ = masks
         self._bind(pl_module)
         self._hold(trainer)
 
@@ -330,6 +372,10 @@ class WeightPruning(PruningCallback):
             "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},
             "seed": self._seed,
             "rewind": None if self._rewind is None else self._rewind.to_dict(),
+            "timeline": self._timeline_state(),
+            "before": {name: list(counts) for name, counts in self._before.items()},
+            "thresholds": dict(self._thresholds),
+            "lost": self._lost,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,6 +387,10 @@ class WeightPruning(PruningCallback):
         self._judge.sums = dict(state_dict["sums"])
         self._seed = state_dict["seed"]
         self._rewind = None if state_dict["rewind"] is None else Rewind.from_dict(state_dict["rewind"])
+        self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
+        self._before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
+        self._thresholds = dict(state_dict.get("thresholds", {}))
+        self._lost = state_dict["lost"]
         self._restored = True
 
 

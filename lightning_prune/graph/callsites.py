@@ -279,7 +279,7 @@ def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], sha
     for patch in patches:
         if patch.fits(asked, shape):
             fitting.setdefault(patch.site.call, {})[patch.dim] = patch.size
-            sure = sure and patch.asked is not None and bool(patch.of)
+            sure = sure and patch.asked is not None and len(patch.of) > 0  # bool() of it stops torch 2.6's compiler
     if not fitting or number in fitting:
         return fitting.get(number, {})
     known = max(patch.calls for patch in patches)
@@ -315,6 +315,7 @@ class PatchedForward:
     def __init__(self, module: nn.Module, patches: dict[str, list[SizePatch]]) -> None:
         self.module = module
         self.patches = patches
+        self.replacements = {}  # the class's own is a proxy, which torch.compile of torch 2.6 can't look into
         inner = module.__dict__.get("forward")  # an instance-level forward of the user's own
         own = getattr(inner, "__func__", None) is type(module).forward and getattr(inner, "__self__", None) is module
         self.inner = None if own else inner

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups
 from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.pruning.progress import Bar, progress_bar
 
-__all__ = ["latencies", "macs_for_latency"]
+__all__ = ["latencies", "layer_times", "macs_for_latency"]
 
 
 def latencies(models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, seconds: float = 1.0) -> list[float]:
@@ -49,6 +51,57 @@ def latencies(models: Sequence[nn.Module], calls: Sequence[ModuleCall], *, secon
             taken.append(once(model))
         order.reverse()  # neither is always the one that runs on warm caches
     return [median(taken) for taken in times]
+
+
+def layer_times(model: nn.Module, calls: Sequence[ModuleCall], *, seconds: float = 0.3) -> dict[str, float]:
+    """Median time that each module spends in its own forward, the modules that it calls aside.
+
+    Hooks stand around every module, so that the sum is more than the time of an undisturbed forward.
+
+    Args:
+        model: The model; in evaluation mode afterwards.
+        calls: What to run.
+        seconds: How long to measure.
+
+    Returns:
+        Seconds by module name, of those that ran.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    paths = {module: path for path, module in model.named_modules()}
+    open_calls: list[list[float]] = []
+    once: dict[str, float] = {}
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return perf_counter()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        came = perf_counter()
+        open_calls.append([came, 0.0, now()])  # when it came, what it spent on others, when it began
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        end = now()
+        came, others, began = open_calls.pop()
+        once[paths[module]] = once.get(paths[module], 0.0) + end - began - others
+        if open_calls:
+            open_calls[-1][1] += perf_counter() - came
+
+    hooked = [module for module in paths if not isinstance(module, torch.jit.ScriptModule)]
+    handles = [module.register_forward_pre_hook(enter) for module in hooked]
+    handles += [module.register_forward_hook(leave) for module in hooked]
+    runs: list[dict[str, float]] = []
+    try:
+        model.eval()
+        end = perf_counter() + seconds
+        while perf_counter() < end or len(runs) < 3:
+            once.clear()
+            run_calls(model, calls)
+            runs.append(dict(once))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: median(run.get(path, 0.0) for run in runs[1:]) for path in runs[0]}  # the first is the warm-up
 
 
 STEPS = 6
@@ -96,7 +149,13 @@ def macs_for_latency(
             before, after = latencies([model, small], calls, seconds=seconds)
         return 1 - after / before
 
+    with progress_bar(STEPS + 1, "timing pruned copies") as bar:
+        return _bisected(amount, most, gone, bar)
+
+
+def _bisected(amount: float, most: float, gone: Callable[[float], float], bar: Bar) -> float:
     reached = gone(most)
+    bar.update()
     if reached < amount:
         raise PruningError(
             f"amount={amount:g} of the latency can't be reached: with as much removed as can be, {most:.2f} of the "
@@ -106,6 +165,7 @@ def macs_for_latency(
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if gone(middle) >= amount else (middle, high)
+        bar.update()
     return high
 
 

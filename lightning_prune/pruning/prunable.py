@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import nn
@@ -13,13 +16,24 @@ from torch import nn
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.plan import Plan
 
-__all__ = ["ACTIVATIONS", "METADATA", "Prunable", "check_dense", "load_from_checkpoint", "structure_state"]
+__all__ = [
+    "ACTIVATIONS",
+    "METADATA",
+    "Prunable",
+    "check_dense",
+    "check_whole",
+    "load_from_checkpoint",
+    "structure_state",
+]
 
 METADATA = "lightning_prune"
 """Where in a state dict's metadata the plan stands: a file of weights alone has nothing else."""
 
 ACTIVATIONS = "lightning_prune_activations"
 """Where the plan of `ActivationSearch` stands."""
+
+OBJECTS = ("unsupported global", "unrecognized function", "can only build", "can only create")
+"""In what torch says of a file that has more than plain data in it; the rest is said of damaged ones."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -30,6 +44,39 @@ def check_dense(plan: Plan, dense: Mapping[str, list[int]], owner: str) -> None:
         if dense.get(name) != list(shape):
             had = f"shape {tuple(dense[name])}" if name in dense else "nothing of that name"
             raise PruningError(f"the checkpoint was pruned from {name!r} of shape {tuple(shape)}; {owner} has {had}")
+
+
+def check_whole(path: str | PathLike[str]) -> None:
+    """Raise a PruningError if a local file is plainly no checkpoint, was cut off, or altered since it was written.
+
+    What torch says of such a file names neither the file nor the damage, and it reads altered weights as they are.
+    """
+    if "://" in str(path) or not Path(path).is_file():
+        return
+    with Path(path).open("rb") as file:
+        start = file.read(2)
+        if start[:1] == b"\x80":  # torch's old format has no sums to check
+            return
+        try:
+            if start != b"PK":
+                raise BadZipFile("it does not begin as one")
+            with ZipFile(file) as archive:
+                damaged = [info.filename for info in archive.infolist() if not _intact(archive, info.filename)]
+                count = len(archive.infolist())
+        except (BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise PruningError(f"{path} is no checkpoint, or it was cut off: {error}") from error
+    if damaged and len(damaged) < count:  # all of them: written without sums, set_crc32_options(False)
+        raise PruningError(f"{path} was altered since it was written: {damaged[0]} is not what its checksum says")
+
+
+def _intact(archive: ZipFile, name: str) -> bool:
+    try:
+        with archive.open(name) as member:
+            while member.read(1 << 20):
+                pass
+    except BadZipFile:
+        return False
+    return True
 
 
 def structure_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -111,7 +158,8 @@ class Prunable:
     def _become(self, plan: Plan) -> None:
         if isinstance(self, nn.Module):
             become(self, plan, self.pruning_plan)
-        self.pruning_plan = plan
+        if plan != self.pruning_plan or plan.skeletons:  # told twice, the first one knows what was removed
+            self.pruning_plan = plan
 
     def _choose(self, plan: Plan) -> None:
         if plan == self.activation_plan or not isinstance(self, nn.Module):
@@ -129,15 +177,22 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
         cls: Its class.
         path: The checkpoint, with weights only or with everything.
         **init: What ``cls.load_from_checkpoint`` takes: constructor arguments that are not among the saved
-            hyper-parameters, ``map_location``, ``strict``, ….
+            hyper-parameters, ``map_location``, ``strict``, ``weights_only``, …. A file that holds objects of classes
+            other than torch's is refused, since reading it runs code; ``weights_only=False`` trusts it.
 
     Raises:
-        PruningError: The file is damaged or no checkpoint, or was pruned from another architecture.
+        PruningError: The file is damaged or no checkpoint, holds objects that have to be trusted, or was pruned from
+            another architecture.
     """
     loader = getattr(cls, "load_from_checkpoint", None)
     if not isinstance(cls, type) or loader is None:
         raise PruningError(f"cls must be a LightningModule class, got {cls!r}")
-    _check_file(cls, path)
+    if not _check_file(cls, path) and init.get("weights_only") is not False:
+        raise PruningError(
+            f"{path} holds objects that are unpickled by running code; pass weights_only=False if you trust it"
+        )
+    if "weights_only" not in inspect.signature(loader).parameters:
+        init.pop("weights_only", None)  # lightning 2.5 always unpickles
     knows: Any = cls
     if not issubclass(cls, Prunable):
         knows = type(cls.__name__, (Prunable, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -155,20 +210,26 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
     return result
 
 
-def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> None:
-    """Raise a PruningError unless a local file holds a state dict, without running what else is in it."""
+def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> bool:
+    """Whether a file has only plain data in it; nothing in it is run to find out.
+
+    Raises:
+        PruningError: It is a local file without a state dict.
+    """
     if "://" in str(path):
-        return
+        return True  # Lightning decides
     try:
+        check_whole(path)
         content = torch.load(path, map_location="meta", weights_only=True)
         whole = isinstance(content["state_dict"], Mapping)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            return  # objects of other classes in it: Lightning decides
+        if any(sign in str(error).lower() for sign in OBJECTS):
+            return False
         raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
         raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
     if not whole:
         raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: its state_dict is none")
+    return True

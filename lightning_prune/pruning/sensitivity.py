@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,6 +18,7 @@ from lightning_prune.graph.run import as_calls, run_calls, undisturbed
 from lightning_prune.graph.tree import tensors as tensors_of
 from lightning_prune.graph.verify import MaskedModel
 from lightning_prune.pruning.criteria import collect_now, get_neuron_criterion
+from lightning_prune.pruning.progress import progress_bar
 from lightning_prune.pruning.select import globs, pick
 
 __all__ = ["Sensitivity", "damage_curves", "sensitivity"]
@@ -33,7 +35,8 @@ class Sensitivity:
     Attributes:
         metric: Its name.
         base: Its value for the model as it is.
-        values: By a group's key (its layers and a number), by ratio: the value with that part of the group masked.
+        values: By the layers that make the group, ``"conv1 + block.conv2"``, with a number where they make several
+            (``"qkv#0"``), by ratio: the value with that part of the group masked.
     """
 
     metric: str
@@ -43,6 +46,19 @@ class Sensitivity:
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return {"metric": self.metric, "base": self.base, "values": {k: dict(v) for k, v in self.values.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """From what `to_dict` gave, through JSON (which turns numbers that are keys into text) or not."""
+
+        def number(value: Any) -> float:
+            return float("nan") if value is None else float(value)
+
+        values = {
+            str(key): {float(ratio): number(value) for ratio, value in row.items()}
+            for key, row in data["values"].items()
+        }
+        return cls(str(data["metric"]), number(data["base"]), values)
 
     def __str__(self) -> str:
         ratios = sorted({ratio for row in self.values.values() for ratio in row})
@@ -95,6 +111,7 @@ def sensitivity(
     ratios: Sequence[float] = RATIOS,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    progress: bool | None = None,
 ) -> Sensitivity:
     """Mask a growing part of each group, one group at a time, and measure the model each time.
 
@@ -108,6 +125,7 @@ def sensitivity(
         ratios: Fractions of each group, in (0, 1).
         include: Globs on module names: only neurons that these layers make (None: all).
         exclude: Globs on module names: no neurons that these layers make.
+        progress: Show a progress bar; None: if standard error is a terminal.
 
     Raises:
         PruningError: Bad arguments, no batch, or nothing prunable.
@@ -136,11 +154,19 @@ def sensitivity(
             return _measured(metric, _outputs(model, groups, alive, calls), targets)
 
         base = measure(torch.ones(groups.neurons, dtype=torch.bool))
-        values = _by_group(groups, scores, allowed, [float(ratio) for ratio in ratios], measure)
+        parts = [float(ratio) for ratio in ratios]
+        values = _by_group(groups, scores, allowed, parts, measure, progress=progress)
     if not values:
         raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
     name = getattr(metric, "__name__", type(metric).__name__)
-    return Sensitivity(name, base, values)
+    return Sensitivity(name, base, _by_layers(values))
+
+
+def _by_layers(values: dict[str, dict[float, float]]) -> dict[str, dict[float, float]]:
+    """By the names of the layers alone, but where they make several groups."""
+    short = Counter(key.rpartition("#")[0] for key in values)
+    named = ((key, key.rpartition("#")[0], row) for key, row in values.items())
+    return {layers if short[layers] == 1 else key: row for key, layers, row in named}
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
@@ -180,18 +206,22 @@ def _by_group(
     allowed: Tensor,
     ratios: Sequence[float],
     measure: Callable[[Tensor], float],
+    *,
+    progress: bool | None = None,
 ) -> dict[str, dict[float, float]]:
     found: dict[str, dict[float, float]] = {}
-    for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
-        if not bool(allowed[numbers.start]):
-            continue
-        order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
-        row: dict[float, float] = {}
-        for ratio in ratios:
-            alive = torch.ones(groups.neurons, dtype=torch.bool)
-            alive[order[: round(ratio * group.size)]] = False
-            row[ratio] = measure(alive)
-        found[key] = row
+    all_groups = zip(groups.keys, groups.prunable, groups.ranges, strict=True)
+    chosen = [(key, group, numbers) for key, group, numbers in all_groups if bool(allowed[numbers.start])]
+    with progress_bar(len(chosen) * len(ratios), "sensitivity", progress) as bar:
+        for key, group, numbers in chosen:
+            order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
+            row: dict[float, float] = {}
+            for ratio in ratios:
+                alive = torch.ones(groups.neurons, dtype=torch.bool)
+                alive[order[: round(ratio * group.size)]] = False
+                row[ratio] = measure(alive)
+                bar.update()
+            found[key] = row
     return found
 
 

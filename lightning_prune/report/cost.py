@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Cost:
         macs: Multiply-accumulates of convolutions, matrix products and attention; a FLOP count is twice this.
         bytes: Memory of all parameters and buffers.
         layers: The same for each module that owns parameters, by name.
+        own: MACs by the module whose own forward makes them; these add up to ``macs``.
     """
 
     params: int
@@ -52,6 +53,7 @@ class Cost:
     macs: int
     bytes: int
     layers: dict[str, LayerCost]
+    own: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -110,6 +112,7 @@ def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
         macs=counter.total,
         bytes=_bytes(model, recurse=True),
         layers=layers,
+        own=dict(counter.own),
     )
 
 
@@ -121,6 +124,7 @@ class _MacCounter(TorchDispatchMode):
         self.stack = stack
         self.total = 0
         self.macs: Counter[str] = Counter()
+        self.own: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -137,6 +141,7 @@ class _MacCounter(TorchDispatchMode):
             macs = int(formula(*args, **kwargs, out_val=out)) // 2
             self.total += macs
             self.macs.update(dict.fromkeys(self.stack.paths, macs))
+            self.own[self.stack.path] += macs
         return out
 
 

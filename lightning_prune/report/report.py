@@ -1,23 +1,28 @@
-"""The report of a run: dense against pruned, as data and as one table."""
+"""The report: dense against pruned, as plain frozen data; how it looks is for `render`, `figures` and `page`."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from lightning_prune.errors import PruningError
+from lightning_prune.pruning.sensitivity import Sensitivity
 
-from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import named_tensors, undisturbed
-from lightning_prune.pruning.latency import latencies
-from lightning_prune.pruning.plan import Plan
-from lightning_prune.report.cost import cost_of_calls
-from lightning_prune.report.run import batch_size, file_size
+__all__ = ["Histogram", "Layer", "Moment", "Report", "Row"]
 
-__all__ = ["Report", "Row", "build_report"]
+T = TypeVar("T")
+Pair = tuple[T | None, T | None]
+"""Before and after; None where that is not known."""
+
+FORMAT = 1
+"""Of `Report.to_dict`."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,111 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One layer, before and after; every pair is (dense, pruned), None where that is not known.
+
+    A layer is a module that holds parameters, multiplies, or is the innermost one to run. MACs of all layers add up to
+    those of the model, and so do parameters, but for those that several layers share: they count in each.
+
+    Attributes:
+        name: Its path in the model; ``""`` is the model itself, with what it holds and does outside of other layers.
+        kind: Name of its class.
+        shape: Of its weight (else of its largest parameter).
+        params: Elements of its own parameters.
+        nonzero: Those that are not zero.
+        macs: Multiply-accumulates of its own forward, layers inside it aside, in the calls that were measured.
+        bytes: Memory of its own parameters and buffers.
+        sparsity: Fraction of its own parameters' elements that are zero.
+        latency_share: Its part of the time that a forward spends in layers, 0 to 1; layers inside it aside.
+        activation: The activation function that it is, or those that its forward calls and a search has looked at.
+        status: ``"exact"``: removing neurons that it makes equals masking them; ``"approximate"``: an operation reads
+            several of them together; ``"frozen"``: they have to stay; ``""``: it makes none, or nobody has looked.
+        reason: Why.
+        width: How many neurons (channels, features) it makes.
+    """
+
+    name: str
+    kind: str
+    shape: Pair[tuple[int, ...]] = (None, None)
+    params: Pair[int] = (None, None)
+    nonzero: Pair[int] = (None, None)
+    macs: Pair[int] = (None, None)
+    bytes: Pair[int] = (None, None)
+    sparsity: Pair[float] = (None, None)
+    latency_share: Pair[float] = (None, None)
+    activation: Pair[str] = (None, None)
+    status: str = ""
+    reason: str = ""
+    width: Pair[int] = (None, None)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One point of the pruning timeline: after a pruning, or at an epoch's end.
+
+    Attributes:
+        epoch: Epochs trained so far; 1.5 is the middle of the second.
+        step: Optimizer steps made so far.
+        amount: The fraction that schedules have asked for so far; of several callbacks the largest.
+        sparsity: Fraction of the parameters' elements that are zero.
+        params: Elements of all parameters.
+        macs: Multiply-accumulates of one example; None where nothing tells.
+        metric: The monitored metric; None: not measured at this moment.
+        lr: Learning rate of the first optimizer's first parameter group; None: there is none.
+    """
+
+    epoch: float
+    step: int
+    amount: float
+    sparsity: float
+    params: int
+    macs: int | None = None
+    metric: float | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How large the weights of one layer are: counts over the decimal logarithm of their magnitudes.
+
+    Attributes:
+        name: Name of the parameter.
+        low: Logarithm at which the first bin starts; smaller magnitudes are in it too, zeros aren't.
+        width: Of a bin, in decades.
+        dense: Weights per bin before pruning; empty where that was not looked at.
+        pruned: Weights per bin now.
+        threshold: The magnitude below which weights were set to zero; None: they were not chosen by magnitude alone.
+    """
+
+    name: str
+    low: float
+    width: float
+    dense: tuple[int, ...]
+    pruned: tuple[int, ...]
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
 class Report:
-    """What pruning changed; prints as a table, ``report["macs"]`` is one row, `to_dict` gives plain data."""
+    """What pruning changed; prints as a table, ``report["macs"]`` is one row, `to_dict` gives plain data.
+
+    Attributes:
+        rows: Quantities of the whole model.
+        layers: The same and more, layer by layer.
+        timeline: What happened while it was trained.
+        sensitivity: How much it suffers from each group's masking, where that was measured.
+        weights: Histograms of the weights.
+        title: What it is a report of.
+        metric: Name of the metric in the timeline.
+    """
 
     rows: tuple[Row, ...]
+    layers: tuple[Layer, ...] = ()
+    timeline: tuple[Moment, ...] = ()
+    sensitivity: Sensitivity | None = None
+    weights: tuple[Histogram, ...] = ()
+    title: str = ""
+    metric: str = ""
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -54,15 +160,55 @@ class Report:
                 return row
         raise KeyError(f"{name!r}; the report has {', '.join(row.name for row in self.rows)}")
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As plain data: row name -> dense, pruned, ratio, unit."""
-        return {row.name: {**asdict(row), "ratio": row.ratio} for row in self.rows}
+    # -- data -----------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; ``"rows"`` by their names."""
+        return {
+            "format": FORMAT,
+            "title": self.title,
+            "metric": self.metric,
+            "rows": {row.name: {**asdict(row), "ratio": row.ratio} for row in self.rows},
+            "layers": [_listed(asdict(layer)) for layer in self.layers],
+            "timeline": [asdict(moment) for moment in self.timeline],
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
+            "weights": [_listed(asdict(each)) for each in self.weights],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """From what `to_dict` gave, through JSON or not.
+
+        Raises:
+            PruningError: The data is not a report.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"its format is {data['format']!r}, this version reads {FORMAT}")
+            found = data["sensitivity"]
+            return cls(
+                tuple(_made(Row, row) for row in data["rows"].values()),
+                tuple(_made(Layer, layer) for layer in data["layers"]),
+                tuple(_made(Moment, moment) for moment in data["timeline"]),
+                None if found is None else Sensitivity.from_dict(found),
+                tuple(_made(Histogram, each) for each in data["weights"]),
+                str(data["title"]),
+                str(data["metric"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PruningError(f"not a report: {type(error).__name__}: {error}") from error
+
+    def to_json(self) -> str:
+        """As JSON; what is no finite number is null there."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
+
+    # -- text -----------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         cells = [("", "dense", "pruned", "ratio")]
         for row in self.rows:
             ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
-            cells.append((row.name, _text(row.dense, row.unit), _text(row.pruned, row.unit), ratio))
+            cells.append((row.name, text_of(row.dense, row.unit), text_of(row.pruned, row.unit), ratio))
         widths = [max(len(line[column]) for line in cells) for column in range(4)]
         lines = [
             "  ".join(
@@ -75,8 +221,68 @@ class Report:
         ]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
+    def to_csv(self) -> str:
+        """One line per layer and one for all of them, ``(all)``; without layers, one line per row."""
+        from lightning_prune.report.render import csv_of
 
-def _text(value: float | None, unit: str) -> str:
+        return csv_of(self)
+
+    def to_markdown(self) -> str:
+        """Tables of the rows and of the layers."""
+        from lightning_prune.report.render import markdown_of
+
+        return markdown_of(self)
+
+    def to_html(self) -> str:
+        """One page that needs nothing else: no network, no script, plots inside.
+
+        Raises:
+            PruningError: matplotlib is not installed.
+        """
+        from lightning_prune.report.page import page_of
+
+        return page_of(self)
+
+    def __rich__(self) -> Any:
+        from lightning_prune.report.render import rich_of
+
+        return rich_of(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a file: ``.html``, ``.md``, ``.json``, ``.csv``, or ``.txt`` for the table that `print` shows.
+
+        Raises:
+            PruningError: Another ending, or the file can't be written; what was there before is whole then.
+        """
+        kinds: dict[str, Callable[[], str]] = {
+            ".html": self.to_html,
+            ".md": self.to_markdown,
+            ".json": self.to_json,
+            ".csv": self.to_csv,
+            ".txt": lambda: f"{self}\n",
+        }
+        path = Path(path)
+        kind = kinds.get(path.suffix.lower())
+        if kind is None:
+            raise PruningError(f"a report is saved as one of {', '.join(kinds)}, got {path.name!r}")
+        _write(path, kind())
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise PruningError(f"the report can't be written to {path}: {error.strerror or error}") from error
+
+
+def text_of(value: float | None, unit: str) -> str:
+    """A row's value as text."""
     if value is None:
         return "–"
     if unit == "s":
@@ -86,57 +292,26 @@ def _text(value: float | None, unit: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def build_report(
-    model: nn.Module,
-    plan: Plan,
-    single: Sequence[ModuleCall],
-    whole: Sequence[ModuleCall],
-    *,
-    macs: tuple[int | None, int] | None = None,
-    metric: str,
-    dense_value: float | None,
-    pruned_value: float | None,
-) -> Report:
-    """Measure a pruned model beside the dense one that it came from.
-
-    Sizes, MACs and latency of a dense model don't depend on its values, so the dense one is built anew from the
-    pruned one and its plan; nothing has to be kept during training.
-
-    Args:
-        model: The pruned model.
-        plan: What was removed from it.
-        single: Module calls with one example, to count and to time; empty where nothing can be run.
-        whole: The same with a whole training batch.
-        macs: MACs of one example before and now, if they are known without running anything.
-        metric: Name of the validation metric.
-        dense_value: Its value before pruning, if it was measured.
-        pruned_value: Its value now, if there is one; without either the row is left out.
-    """
-    dense = _dense_twin(model, plan)
-    with undisturbed(model):
-        costs = [cost_of_calls(each, tuple(single)) for each in (dense, model)]
-        rows = [
-            Row("parameters", costs[0].params, costs[1].params),
-            Row("non-zero", costs[0].params, costs[1].nonzero),
-            Row("file size", file_size(dense), file_size(model), "B"),
-        ]
-        if single:
-            rows.insert(2, Row(f"MACs (batch {batch_size(single)})", costs[0].macs, costs[1].macs))
-        elif macs is not None:
-            rows.insert(2, Row("MACs (batch 1)", *macs))
-        for size, some in {batch_size(some): some for some in (single, whole) if some}.items():
-            before, after = latencies([dense, model], some)
-            rows.append(Row(f"latency (batch {size})", before, after, "s"))
-    if dense_value is not None or pruned_value is not None:
-        rows.append(Row(metric, dense_value, pruned_value))
-    return Report(tuple(rows))
+def _listed(value: Any) -> Any:
+    """Tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _dense_twin(model: nn.Module, plan: Plan) -> nn.Module:
-    dense = copy.deepcopy(model)
-    plan.take_back(dense)
-    with torch.no_grad():
-        for name, tensor in named_tensors(dense).items():
-            if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or name in plan.shapes):
-                tensor.masked_fill_(tensor == 0, 1e-3)  # a dense file holds no zeros
-    return dense
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _made(cls: type[T], data: Mapping[str, Any]) -> T:
+    """One of the dataclasses above, from plain data; what else stands there is left aside."""
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: _tupled(value) for name, value in data.items() if name in known})

@@ -194,9 +194,13 @@ def test_copies_pickles_and_files_are_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.parametrize("strict", [True, False])
 def test_it_can_be_exported(strict: bool) -> None:
-    for net in (chosen()[0].eval(), skips_changed().eval()):
+    for net in (chosen()[0].eval(), *([] if OLD_COMPILER and strict else [skips_changed().eval()])):
         program = torch.export.export(net, (x64(),), strict=strict)
         assert torch.equal(program.module()(x64()), net(x64()))
+
+
+OLD_COMPILER = [int(part) for part in torch.__version__.split(".")[:2]] < [2, 7]
+"""Torch 2.6 compiles no function of contextlib, which modules need that hide their calls from the one above."""
 
 
 def skips_changed() -> nn.Module:
@@ -206,7 +210,7 @@ def skips_changed() -> nn.Module:
 
 
 def test_it_can_be_compiled_in_one_graph() -> None:
-    for net in (chosen()[0], skips_changed()):
+    for net in (chosen()[0], *([] if OLD_COMPILER else [skips_changed()])):
         torch._dynamo.reset()
         compiled = torch.compile(net, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x64()), net(x64()))

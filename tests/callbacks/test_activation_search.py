@@ -15,6 +15,7 @@ import ddp_search
 import pytest
 import torch
 from ddp_cases import run_script
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import (
     ADAMW,
@@ -564,7 +565,7 @@ def test_an_exported_module_is_the_committed_one() -> None:
         module = seeded(make)
         fit(module, search(("tanh",), lr=0.5, held_out=0), max_epochs=2)
         net, x = module.net.eval(), module.val_data.tensors[0]
-        assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+        assert torch.equal(torch.export.export(net, (x,), strict=False).module()(x), net(x))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
@@ -638,10 +639,10 @@ def test_short_runs_leave_everything_as_it_was() -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.skipif(not hasattr(lightning_callbacks, "EMAWeightAveraging"), reason="newer lightning")
 def test_averaged_copies_follow() -> None:
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
     module, callback = seeded(MODULES["functions"]), search(("tanh",), lr=0.5, held_out=0)
-    average = callbacks.EMAWeightAveraging(decay=0.5)
+    average = lightning_callbacks.EMAWeightAveraging(decay=0.5)
     copies: list[Any] = []
     spy = Spy(on_train_end=lambda t, m: copies.append(average._average_model.module.net))
     fit(module, spy, callback, average, max_epochs=4)

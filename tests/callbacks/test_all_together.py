@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_modules import (
     ADAMW,
     IMAGE,
@@ -84,8 +85,11 @@ def ours(remove: str = "progressive") -> list[Any]:
 
 
 def theirs(folder: Path) -> list[Any]:
+    averages = []
+    if hasattr(lightning_callbacks, "EMAWeightAveraging"):  # from lightning 2.6 on
+        averages.append(lightning_callbacks.EMAWeightAveraging(decay=0.8))
     return [
-        EMAWeightAveraging(decay=0.8),
+        *averages,
         EarlyStopping("val_loss", patience=EPOCHS),
         ModelCheckpoint(folder, "{epoch}", save_top_k=-1),
     ]

@@ -125,7 +125,8 @@ ORDERS = {
         early = both()
         import pytorch_lightning
         import lightning.pytorch
-        use(pytorch_lightning, early)  # made when pytorch_lightning's base class could not be known yet
+        if hasattr(pytorch_lightning.callbacks, "WeightAveraging"):  # 2.5 asks for its own base class before anything of ours
+            use(pytorch_lightning, early)  # made when pytorch_lightning's base class could not be known yet
         use(pytorch_lightning, both())
         use(lightning.pytorch, both())
         """,

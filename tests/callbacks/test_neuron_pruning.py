@@ -711,7 +711,7 @@ def test_nothing_is_left_behind(net: Any) -> None:
     assert_same(copy.deepcopy(module)(x), expected)
     assert_same(pickle.loads(pickle.dumps(small))(x), expected)
     assert_same(torch.compile(small, backend="eager", fullgraph=True)(x), expected)
-    assert_same(torch.export.export(small, (x,)).module()(x), expected)
+    assert_same(torch.export.export(small, (x,), strict=False).module()(x), expected)
     with warnings.catch_warnings():  # a forward that enters a mode has side effects while it is compiled
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
         assert_same(torch.export.export(small, (x,), strict=True).module()(x), expected)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import os
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from lightning_modules import (
     assert_same,
     fit,
     left_hooks,
+    load_plain,
+    measured_again,
     mlp,
     neurons,
     optimizer_states,
@@ -135,7 +139,7 @@ class Compared:
         """Resume from each checkpoint but the last, which is after everything."""
         assert len(self.paths) == number
         for path in self.paths[:-1]:
-            torch.load(path, weights_only=True)
+            load_plain(path)
             module, ours = seeded(self.make, 7), self.pruning()
             trainer = self.fit(module, *ours, ckpt_path=path)
             assert trainer.global_step == self.trainer.global_step, path.stem
@@ -143,7 +147,7 @@ class Compared:
             assert_same(optimizer_states(trainer), optimizer_states(self.trainer))
             for one, other in zip(ours, self.callbacks, strict=True):
                 if hasattr(one, "amount_"):
-                    first, second = one.state_dict(), other.state_dict()
+                    first, second = measured_again(one.state_dict(), other.state_dict()), other.state_dict()
                     for state in (first, second):  # reasons are told in other words once a group is down to one
                         state.get("plan", {}).pop("frozen", None)
                     assert_same(first, second)
@@ -357,6 +361,56 @@ ALTERED = [
     other_name,
     words,
 ]
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def nothing(data: bytes) -> bytes:
+    return b""
+
+
+def no_file_of_torch(data: bytes) -> bytes:
+    return b"hello " * 100
+
+
+def one_byte(data: bytes) -> bytes:
+    """In the middle of a weight, where torch sees nothing wrong."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size if "/data/" in info.filename else 0)
+        content = archive.read(largest)
+    place = data.index(content) + len(content) // 2
+    return data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("run", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(half, "was cut off"), (nothing, "was cut off"), (no_file_of_torch, "no checkpoint"), (one_byte, "was altered")],
+)
+def test_a_file_that_is_not_whole_is_refused(damage: Any, said: str, run: str, good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(damage(good.read_bytes()))
+    message = refused(path, lambda: Task(mlp(6, 12, 10, CLASSES), optimizer=ADAMW), run, good, PruningError)
+    assert said in message
+    assert str(path) in message
+
+
+@pytest.mark.parametrize("form", ["without sums", "old format"])
+def test_a_file_without_checksums_is_read(form: str, good: Path, tmp_path: Path) -> None:
+    checkpoint, path = torch.load(good, weights_only=True), tmp_path / "other.ckpt"
+    sums = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(form != "without sums")
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=form != "old format")
+    finally:
+        torch.serialization.set_crc32_options(sums)
+    module = seeded(lambda: Task(mlp(6, 12, 10, CLASSES), optimizer=ADAMW))
+    trainer = trainer_of(neurons(0.5))
+    trainer.validate(module, ckpt_path=path, verbose=False)
+    assert_same(dict(module.state_dict()), dict(checkpoint["state_dict"]))
+    assert "load_checkpoint" not in vars(trainer.strategy)
 
 
 @pytest.mark.parametrize("run", ["fit", "validate"])

@@ -486,6 +486,23 @@ def test_masks_follow(which: str, first: bool) -> None:
     assert all(after[0] / after[1] >= before[0] / before[1] - 0.01 for before, after in itertools.pairwise(counts))
 
 
+def test_masks_of_layers_that_all_go_go_with_them(tmp_path: Path) -> None:
+    """A run goes on, says so at its end, and is resumed."""
+
+    def run(**options: Any) -> Task:
+        module = seeded(images)
+        gone = layers(0.9, of="params", include="net.[234]", end=1)
+        masking = weights(0.5, include=["net.2", "net.2.*"], end=4)
+        keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        with pytest.warns(NoEffectWarning, match="WeightPruning: the layers that it was to prune have been removed"):
+            fit(module, gone, masking, keep, max_epochs=4, **options)
+        assert masking.masks_ == {}
+        return module
+
+    whole = run()
+    assert_same(snapshot(run(ckpt_path=tmp_path / "epoch=1.ckpt")), snapshot(whole))
+
+
 @pytest.mark.skipif(not hasattr(lightning_callbacks, "EMAWeightAveraging"), reason="newer lightning")
 @pytest.mark.parametrize("which", ["kernels", "layers", "all"])
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -515,7 +532,7 @@ def test_nothing_is_left_behind(which: str) -> None:
     expected = module.net(x)
     for again in (copy.deepcopy(module.net), pickle.loads(pickle.dumps(module.net))):
         assert torch.equal(again(x), expected)
-    exported = torch.export.export(module.net.eval(), (x,)).module()
+    exported = torch.export.export(module.net.eval(), (x,), strict=False).module()
     torch.testing.assert_close(exported(x), module.net(x))
 
 

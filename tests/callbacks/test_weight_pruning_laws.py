@@ -29,6 +29,7 @@ from lightning_modules import (
     assert_same,
     fit,
     left_hooks,
+    load_plain,
     mlp,
     neurons,
     prunable,
@@ -447,6 +448,8 @@ if hasattr(callbacks, "EMAWeightAveraging"):
 def test_beside_lightnings_own_callbacks(
     name: str, options: dict[str, Any], ours_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "lr finder" and options.get("rewind_to") and not hasattr(callbacks, "WeightAveraging"):
+        pytest.skip("lightning 2.5's finder leaves the first epoch without a batch, so there is nothing to rewind to")
     pruning, other = weights(0.5, **options), AROUND[name]()
     order = (pruning, other) if ours_first else (other, pruning)
     hold(seeded(Parts), *order, max_epochs=4, default_root_dir=tmp_path)
@@ -571,7 +574,7 @@ def test_validating_a_checkpoint_gives_its_metric(
             assert tested == metrics
             module = seeded(make, 1)
             assert len(trainer.predict(module, ckpt_path=path)) == 2
-            assert_same(dict(module.state_dict()), dict(torch.load(path)["state_dict"]))
+            assert_same(dict(module.state_dict()), dict(load_plain(path)["state_dict"]))
 
 
 # -- nothing is left behind, and exceptions leave the model usable -------------------------------------------------

@@ -57,6 +57,15 @@ class Case:
     values: bool = True
 
 
+def mask_then_number() -> bool:
+    """Whether torch can index with a boolean mask of two dimensions and a number behind it; 2.6 can't."""
+    try:
+        torch.rand(2, 2, 8)[torch.tensor([[True, False]] * 2), 2]
+    except IndexError:
+        return False
+    return True
+
+
 W, V = inputs((2, 1), 8), inputs((2, 1), 4)  # weights of two groups; of two groups, transposed
 W2, V2 = W.unsqueeze(3), V.unsqueeze(3)
 W3, V3 = W2.unsqueeze(4), V2.unsqueeze(4)
@@ -235,8 +244,9 @@ CASES: dict[str, list[Case]] = {
              smaller=(2, 8, 3)),
         Case([2, None], {0: 1}, lambda x: x[1, torch.tensor([0, 2])], [lambda x: x[2, torch.tensor([0, 2])]], (8, 3),
              (5, 3)),
-        Case([2, None], {0: 1}, lambda x: x[torch.tensor([[True, False]] * 2), 1],
-             [lambda x: x[torch.tensor([[True, False]] * 2), 2]], (2, 2, 8), (2, 2, 5)),
+        *([Case([2, None], {0: 1}, lambda x: x[torch.tensor([[True, False]] * 2), 1],
+                [lambda x: x[torch.tensor([[True, False]] * 2), 2]], (2, 2, 8), (2, 2, 5))]
+          if mask_then_number() else []),
         Case([], {}, lambda x: x[[0, 1]], [lambda x: x[[0, 1]]], smaller=(2, 8, 3)),
     ],
     "narrow": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -426,6 +427,28 @@ def test_a_file_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "else.ckpt"
     torch.save(OBJECTS[name], path)
     refused(path)
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_file_is_not_unpickled_unless_it_is_trusted(checkpoint: bytes, tmp_path: Path) -> None:
+    path, mark = tmp_path / "bomb.ckpt", tmp_path / "went off"
+    path.write_bytes(checkpoint)
+    torch.save({**torch.load(path, weights_only=True), "more": Bomb(mark)}, path)
+    with pytest.raises(PruningError, match="pass weights_only=False if you trust it"):
+        load_from_checkpoint(Plain, path)
+    assert not mark.exists()
+    module = load_from_checkpoint(Plain, path, weights_only=False)
+    assert mark.exists()
+    assert isinstance(module, Plain)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x00" * 1000, b"PK\x03\x04" + b"\x01" * 100, pickle.dumps([1], 2)])

@@ -41,8 +41,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 SLICES = {
-    "0#0": [("0.weight", 0), ("0.bias", 0), ("1.weight", 0), ("1.bias", 0), ("3.weight", 1)],
-    "3#0": [("3.weight", 0), ("3.bias", 0), ("6.weight", 1)],
+    "0": [("0.weight", 0), ("0.bias", 0), ("1.weight", 0), ("1.bias", 0), ("3.weight", 1)],
+    "3": [("3.weight", 0), ("3.bias", 0), ("6.weight", 1)],
 }
 
 
@@ -67,7 +67,7 @@ def by_hand(
             outputs = torch.cat([twin(x) for x, _ in batches])
         return float(metric(outputs, torch.cat([y for _, y in batches])))
 
-    sizes = {"0#0": 8, "3#0": 6}
+    sizes = {"0": 8, "3": 6}
     return {k: {r: value(masked(model, k, round(r * size))) for r in ratios} for k, size in sizes.items()}
 
 
@@ -124,12 +124,12 @@ def test_what_a_metric_has_seen_before_does_not_count() -> None:
 
 @pytest.mark.parametrize(
     ("criterion", "kept"),
-    [("l2", None), ("activation", None), ("bn_scale", {"0#0"}), ("random", None), (lambda rows: rows.sum(1), None)],
+    [("l2", None), ("activation", None), ("bn_scale", {"0"}), ("random", None), (lambda rows: rows.sum(1), None)],
 )
 def test_criteria_decide_what_goes_first(criterion: Any, kept: set[str] | None) -> None:
     model, batches = build(net), pairs(6)
     found = sensitivity(model, batches, accuracy, criterion=criterion, ratios=[0.5])
-    assert set(found.values) == (kept or {"0#0", "3#0"})
+    assert set(found.values) == (kept or {"0", "3"})
 
 
 def test_a_planted_neuron_goes_first() -> None:
@@ -144,8 +144,8 @@ def test_a_planted_neuron_goes_first() -> None:
         return rows.abs().sum(1) if rows.size(1) == CLASSES else torch.zeros(len(rows), dtype=torch.float64)
 
     found = sensitivity(model, batches, F.cross_entropy, criterion=outgoing, include="3", ratios=[1 / 6, 2 / 6])
-    assert found.values["3#0"][1 / 6] == pytest.approx(found.base, rel=1e-12)
-    assert found.values["3#0"][2 / 6] != pytest.approx(found.base, rel=1e-6)
+    assert found.values["3"][1 / 6] == pytest.approx(found.base, rel=1e-12)
+    assert found.values["3"][2 / 6] != pytest.approx(found.base, rel=1e-6)
 
 
 def test_taylor_takes_the_gradients_that_are_there() -> None:
@@ -155,7 +155,7 @@ def test_taylor_takes_the_gradients_that_are_there() -> None:
         sensitivity(model, batches, accuracy, criterion="taylor")
     snapshot.assert_unchanged()
     F.cross_entropy(model.eval()(batches[0][0]), batches[0][1]).backward()
-    assert set(sensitivity(model, batches, accuracy, criterion="taylor").values) == {"0#0", "3#0"}
+    assert set(sensitivity(model, batches, accuracy, criterion="taylor").values) == {"0", "3"}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -249,7 +249,7 @@ def test_several_inputs_by_name_or_place(kind: str) -> None:
         twin = copy.deepcopy(model)
         twin.b.weight[:, torch.argsort(norms)[:4]] = 0
         expected = [float(F.cross_entropy(m(x, x[:, :1]), y)) for m in (model, twin)]
-    assert [found.base, found.values["a#0"][0.5]] == pytest.approx(expected, rel=1e-9)
+    assert [found.base, found.values["a"][0.5]] == pytest.approx(expected, rel=1e-9)
 
 
 def test_outputs_and_targets_of_any_kind() -> None:
@@ -269,10 +269,10 @@ def test_outputs_and_targets_of_any_kind() -> None:
 def test_groups_can_be_picked() -> None:
     layers = [nn.Linear(4, 6), Residual(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)), nn.Linear(6, CLASSES)]
     model, batches = build(sequential(*layers)), pairs(5)
-    keys = {"0 + 1.body.2#0", "1.body.0#0"}
+    keys = {"0 + 1.body.2", "1.body.0"}
     assert set(sensitivity(model, batches, accuracy, ratios=[0.5]).values) == keys
-    assert set(sensitivity(model, batches, accuracy, ratios=[0.5], include="*.body.0").values) == {"1.body.0#0"}
-    assert set(sensitivity(model, batches, accuracy, ratios=[0.5], exclude=["1.body.0"]).values) == {"0 + 1.body.2#0"}
+    assert set(sensitivity(model, batches, accuracy, ratios=[0.5], include="*.body.0").values) == {"1.body.0"}
+    assert set(sensitivity(model, batches, accuracy, ratios=[0.5], exclude=["1.body.0"]).values) == {"0 + 1.body.2"}
 
 
 # What it looks like
@@ -282,21 +282,39 @@ def example() -> Sensitivity:
     return sensitivity(build(net), pairs(9), accuracy, ratios=[0.25, 0.5])
 
 
+class Halves(nn.Module):
+    """Two layers read a half each of what one makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.left, self.right = nn.Linear(6, 8), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.both(x).chunk(2, dim=-1)
+        return self.left(left.relu()) + self.right(right.tanh())
+
+
+def test_several_groups_of_one_layer_have_numbers() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 6), torch.randint(3, (16,)))]
+    assert list(sensitivity(Halves(), batches, accuracy, ratios=[0.5]).values) == ["both#0", "both#1"]
+
+
 def test_as_plain_data() -> None:
     found = example()
     data = found.to_dict()
     assert data == {"metric": "accuracy", "base": found.base, "values": found.values}
     assert Sensitivity(**data) == found
-    data["values"]["0#0"][0.25] = -1.0
-    assert found.values["0#0"][0.25] != -1.0
+    data["values"]["0"][0.25] = -1.0
+    assert found.values["0"][0.25] != -1.0
 
 
 def test_as_text() -> None:
-    found = Sensitivity("accuracy", 0.75, {"0#0": {0.25: 0.5, 0.5: 0.125}, "layer.conv#0": {0.5: 1e-05}})
+    found = Sensitivity("accuracy", 0.75, {"0": {0.25: 0.5, 0.5: 0.125}, "layer.conv": {0.5: 1e-05}})
     first, ratios, *rows = str(found).splitlines()
     assert first == "accuracy 0.75 as it is; with a part of one group masked:"
     assert ratios.split() == ["0.25", "0.5"]
-    assert [row.split() for row in rows] == [["0#0", "0.5", "0.125"], ["layer.conv#0", "1e-05"]]
+    assert [row.split() for row in rows] == [["0", "0.5", "0.125"], ["layer.conv", "1e-05"]]
     assert len({len(line) for line in (ratios, *rows)}) == 1  # columns add up
     assert str(example()).startswith("accuracy 0.")
 
@@ -309,7 +327,7 @@ def test_as_a_plot(ending: str, tmp_path: Path) -> None:
     assert path.stat().st_size > 1000
     (axes,) = figure.axes
     curves = {line.get_label(): line for line in axes.get_lines()}
-    assert list(curves) == ["0#0", "3#0", "nothing masked"]
+    assert list(curves) == ["0", "3", "nothing masked"]
     for key, row in found.values.items():
         assert dict(zip(*curves[key].get_data(), strict=True)) == row
     assert set(curves["nothing masked"].get_ydata()) == {found.base}

@@ -1,0 +1,31 @@
+"""The command line: thin commands over functions that work without it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``lightning-prune``.
+
+    Args:
+        arguments: What stands behind the command's name; None: `sys.argv`.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr that says what was wrong.
+    """
+    try:
+        import jsonargparse  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        print(
+            f'lightning-prune: error: the command line needs {error.name}: pip install "lightning-prune[cli]"',
+            file=sys.stderr,
+        )
+        return 2
+    from lightning_prune.cli.commands import run
+
+    return run(sys.argv[1:] if arguments is None else list(arguments))

@@ -1,0 +1,156 @@
+"""The timeline that callbacks keep, and what loggers get of it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning_modules import LIGHTNING_WARNINGS, Spy, Task, fit, seeded
+
+from lightning_prune import NeuronPruning, WeightPruning
+from lightning_prune.callbacks import _base
+from lightning_prune.pruning.latency import latencies, layer_times
+
+pytestmark = LIGHTNING_WARNINGS
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for measure in (latencies, layer_times):
+        monkeypatch.setitem(measure.__kwdefaults__, "seconds", 0.0)
+
+
+def test_each_epoch_end_is_a_moment_with_its_own_metric() -> None:
+    seen: list[tuple[int, float]] = []
+
+    def note(trainer: Any, module: Any) -> None:
+        seen.append((trainer.global_step, float(trainer.callback_metrics["val_acc"])))
+
+    callback = WeightPruning(0.5, end=1.0)
+    module = seeded(Task)
+    fit(module, callback, Spy(on_validation_end=note), max_epochs=4)
+    moments = callback.report_.timeline
+    assert [(m.step, m.metric) for m in moments] == seen
+    assert [m.epoch for m in moments] == [1, 2, 3, 4]
+    assert [m.amount for m in moments] == pytest.approx(WeightPruning(0.5, end=1.0).preview(4))
+    nonzero = sum(int(p.count_nonzero()) for p in module.parameters())
+    assert moments[-1].sparsity == 1 - nonzero / moments[-1].params
+    assert {m.lr for m in moments} == {0.05}
+
+
+def test_each_pruning_in_between_is_a_moment_too() -> None:
+    callbacks = [NeuronPruning(0.5, every=1, end=0.5), WeightPruning(0.3, every=1, end=0.5)]
+    fit(seeded(Task), *callbacks, max_epochs=2)
+    moments = callbacks[0].report_.timeline
+    assert moments == tuple(callbacks[1].timeline_)
+    assert [m.step for m in moments] == [1, 2, 3, 4, 8]
+    assert [m.epoch for m in moments] == [0.25, 0.5, 0.75, 1, 2]
+    assert [m.params for m in moments] == sorted((m.params for m in moments), reverse=True)
+    assert moments[0].macs > moments[3].macs
+    assert [m.metric is None for m in moments] == [True, True, True, False, False]
+
+
+def test_a_training_metric_is_taken_at_the_epochs_end() -> None:
+    class Logs(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_mean", loss.detach(), on_step=False, on_epoch=True)
+            return loss
+
+    callback, seen = WeightPruning(0.5, monitor="train_mean"), []
+    fit(
+        seeded(Logs),
+        callback,
+        Spy(on_train_epoch_end=lambda t, _: seen.append(float(t.callback_metrics["train_mean"]))),
+    )
+    assert [m.metric for m in callback.report_.timeline] == seen
+
+
+def test_a_resumed_run_has_the_whole_timeline(tmp_path: Path) -> None:
+    def ours() -> list[Any]:
+        return [NeuronPruning(0.5), WeightPruning(0.3, end=1.0)]
+
+    whole, again = ours(), ours()
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(seeded(Task), *whole, saver, max_epochs=4)
+    torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    fit(seeded(Task, 7), *again, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert len(whole[1].timeline_) == 4
+    assert again[1].timeline_ == whole[1].timeline_
+    assert again[1].report_.weights == whole[1].report_.weights
+
+
+def test_another_fit_starts_another_timeline() -> None:
+    callback = WeightPruning(0.5)
+    fit(seeded(Task), callback)
+    first = list(callback.timeline_)
+    fit(seeded(Task, 1), callback)
+    assert [m.step for m in callback.timeline_] == [m.step for m in first]
+
+
+def test_a_long_timeline_stays_short_and_keeps_every_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_base, "MOMENTS", 6)
+    callback = WeightPruning(0.5, every=1, end=1.0)
+    fit(seeded(lambda: Task(batches=6)), callback, max_epochs=4)
+    moments = callback.timeline_
+    assert len(moments) <= 7
+    assert [m.step for m in moments if m.metric is not None] == [6, 12, 18, 24]
+
+
+class Pictures(Logger):
+    """Takes figures as W&B's logger does."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.images: dict[str, Any] = {}
+        self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.broken = broken
+
+    name, version = "pictures", 0
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.scalars.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_image(self, key: str, images: list[Any]) -> None:
+        if self.broken:
+            raise RuntimeError("no room left")
+        self.images[key] = images
+
+
+def test_loggers_get_scalars_at_each_pruning_and_figures_at_the_end(tmp_path: Path) -> None:
+    pictures, table = Pictures(), CSVLogger(tmp_path, name="", version="")
+    fit(seeded(Task), WeightPruning(0.5, every=1, end=0.5), max_epochs=2, logger=[pictures, table])
+    logged = [step for step, values in pictures.scalars if "sparsity" in values]
+    assert len(logged) == 5, "three in the middle of the first epoch, and two epochs' ends"
+    assert logged == sorted(logged)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len([row for row in csv.DictReader(file) if row["sparsity"]]) == 5
+    assert set(pictures.images) == {"pruning/layers", "pruning/timeline", "pruning/weights"}
+    assert all(image.size[0] > 300 for images in pictures.images.values() for image in images)
+
+
+def test_tensorboard_gets_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(seeded(Task), WeightPruning(0.5), logger=TensorBoardLogger(tmp_path, name="", version=""))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"pruning/layers", "pruning/timeline", "pruning/weights"} <= set(events.Tags()["images"])
+    assert {"sparsity", "params", "macs"} <= set(events.Tags()["scalars"])
+
+
+def test_a_logger_that_fails_does_not_cost_the_run() -> None:
+    callback = WeightPruning(0.5)
+    with pytest.warns(UserWarning, match="was not logged: RuntimeError: no room left"):
+        fit(seeded(Task), callback, logger=Pictures(broken=True))
+    assert callback.report_ is not None
