@@ -126,7 +126,7 @@ def check_command(words: list[str], place: str) -> None:
         assert set(",".join(extras).split(",")) - {""} <= set(known), (place, words)
     elif program == "bash":
         assert (ROOT / rest[0]).is_file(), (place, words)
-    elif program in ("source", "cd"):
+    elif program in ("source", "cd", "eval"):
         return
     else:
         assert shutil.which(program), f"{place}: no program {program!r}"
@@ -147,15 +147,29 @@ def check_config(config: Any, place: str) -> None:
             check_config(each, place)
 
 
+def run_ours(words: list[str], place: str) -> None:
+    """``lightning-prune``; of a command for the reader's own files only the options are looked at."""
+    command = [sys.executable, "-m", "lightning_prune", *words]
+    inputs = [word for word, before in zip(words[1:], words, strict=False) if not before.startswith("--")]
+    files = [word.partition(":")[0] for word in inputs]
+    theirs = any(name.endswith((".ckpt", ".safetensors", ".py")) and not Path(name).exists() for name in files)
+    if theirs:
+        command = [*command[:4], "--help"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, f"{place}: {' '.join(words)}\n{done.stdout}{done.stderr}"
+    if theirs:
+        known = {option.replace("_", "-") for option in options_in(done.stdout)}
+        missing = {option.replace("_", "-") for option in options_in(" ".join(words))} - known
+        assert not missing, f"{place}: {words[0]} has no {', '.join(sorted(missing))}"
+
+
 def check_shell(block: Block) -> None:
     """Our own command runs, in the folder of the test; other commands are only looked at."""
     done = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True, check=False)
     assert done.returncode == 0, f"{block.place}: {done.stderr}"
     for words in commands(block.code):
         if words[0] == "lightning-prune":
-            command = [sys.executable, "-m", "lightning_prune", *words[1:]]
-            done = subprocess.run(command, text=True, capture_output=True, check=False)
-            assert done.returncode == 0, f"{block.place}: {' '.join(words)}\n{done.stdout}{done.stderr}"
+            run_ours(words[1:], block.place)
         else:
             check_command(words, block.place)
 

@@ -58,7 +58,7 @@ def import_everything() -> int:
 
     count = 0
     for module in pkgutil.walk_packages(lightning_prune.__path__, "lightning_prune."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith("__main__") and not module.name.startswith("lightning_prune.cli."):
             importlib.import_module(module.name)
             count += 1
     return count
@@ -93,6 +93,7 @@ def features() -> dict[str, Callable[[], Any]]:
     return {
         "plots: plot_lr": lambda: lp.plot_lr("cosine", lr=0.1, steps=5, T_max=5),
         "plots: Sensitivity.plot": lambda: curves().plot(),
+        "plots: Report.to_html": lambda: lp.compare(LeNet(), LeNet(), images[:1], latency=False).to_html(),
         "search: ActivationSearch(strategy='optuna')": search,
     }
 
