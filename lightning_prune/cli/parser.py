@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
-
 from lightning_prune.errors import PruningError
+
+try:
+    from jsonargparse import ArgumentParser
+except ImportError as error:
+    raise ImportError('the command line needs jsonargparse: pip install "lightning-prune[cli]"') from error
 
 __all__ = ["OneLineErrors", "Parser", "line_of", "near", "one_line_errors", "short"]
 

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_prune.cli.completion import completion_script, wanted_shell
 from lightning_prune.cli.parser import OneLineErrors, line_of, one_line_errors, short
 from lightning_prune.errors import PruningError
+
+try:
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+except ImportError as error:
+    raise ImportError('PruningCLI needs jsonargparse: pip install "lightning-prune[cli]"') from error
 
 __all__ = ["PruningCLI"]
 
