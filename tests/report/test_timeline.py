@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,24 @@ def test_tensorboard_gets_figures(tmp_path: Path) -> None:
     events.Reload()
     assert {"pruning/layers", "pruning/timeline", "pruning/weights"} <= set(events.Tags()["images"])
     assert {"sparsity", "params", "macs"} <= set(events.Tags()["scalars"])
+
+
+def test_wandb_gets_scalars_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, by wandb itself."""
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger = WandbLogger(offline=True, save_dir=tmp_path, project="pruning")
+        try:
+            fit(seeded(Task), WeightPruning(0.5), logger=logger)
+            assert logger.experiment.summary["sparsity"] > 0.4
+        finally:
+            wandb.finish()
+    pictures = {path.name.partition("_")[0] for path in tmp_path.rglob("*.png")}
+    assert {"layers", "timeline", "weights"} <= pictures
 
 
 def test_a_logger_that_fails_does_not_cost_the_run() -> None:
