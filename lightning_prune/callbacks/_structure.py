@@ -379,7 +379,7 @@ class ObservingCallback(StructureCallback):
         observer.model = nn.Identity()  # let go of it
         self._observed, self._at_observation, self._sizes = observer, self._macs_left, _own_sizes(pl_module)
         budget = self._budget(pl_module)
-        if first and budget.needed(self.amount) > 0:
+        if first and not self.plan_ and budget.needed(self.amount) > 0:  # later, as far as it goes
             try:
                 self._check(pl_module, observer.uses, budget)
             except PruningError as error:

@@ -306,10 +306,10 @@ class WeightPruning(PruningCallback):
             old = self.masks_.get(name)
             gone = ~mask if old is None else old.to(weight.device) & ~mask
             if bool(gone.any()):
-                self._thresholds.pop(name, None)
+                before = self._thresholds.pop(name, 0.0)
                 found = threshold_of(weight[gone], weight[mask])
-                if found is not None:
-                    self._thresholds[name] = found
+                if found is not None:  # what goes last may have become small since
+                    self._thresholds[name] = max(found, before)
 
     def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
         return self._before, self._thresholds

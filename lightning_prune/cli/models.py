@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,7 +311,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     check_whole(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that is none of torch's; the error says it in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise PruningError(
@@ -330,7 +333,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _culprit(error: BaseException) -> str:
     """The name in torch's message of what it would have had to make."""
     text = str(error)
-    for mark in ("GLOBAL ", "Unsupported global: ", "Unsupported class ", "Unsupported operand "):
+    for mark in ("GLOBAL ", "Unsupported global: ", "Unsupported class "):
         if mark in text:
             return text.partition(mark)[2].split()[0].strip("`.,()")
     return "an object of another class"

@@ -205,6 +205,29 @@ def test_what_others_make_unreachable_is_reached_as_far_as_it_goes() -> None:
         fit(seeded(make), layers(0.6, end=0.25), callback, max_epochs=4)
 
 
+def test_what_could_not_be_reached_is_no_error_later(tmp_path: Path) -> None:
+    """Neither in a second fit, nor where a run is resumed after others have acted."""
+
+    def run(module: Task, max_epochs: int, ours: list[Any] | None = None, **options: Any) -> list[Any]:
+        ours = ours or [layers(0.6, end=1), kernels(0.6, start=2, end=3)]
+        keep = lightning_callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        with pytest.warns(NoEffectWarning, match="of amount=0.6 of the params could be reached"):
+            fit(module, *ours, keep, max_epochs=max_epochs, **options)
+        return ours
+
+    def make() -> Task:
+        return images(lambda: nn.Sequential(*resnet()[:3], *resnet()[5:]))
+
+    module = seeded(make)
+    ours = run(module, 4)
+    before = snapshot(module)
+    resumed = seeded(make, 1)
+    run(resumed, 4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert_same(snapshot(resumed), before)
+    run(module, 4, ours)
+    assert {name: t.shape for name, t in snapshot(module).items()} == {name: t.shape for name, t in before.items()}
+
+
 # -- modules of every kind --------------------------------------------------------------------------------------------
 
 

@@ -138,6 +138,20 @@ def test_loggers_get_scalars_at_each_pruning_and_figures_at_the_end(tmp_path: Pa
     assert all(image.size[0] > 300 for images in pictures.images.values() for image in images)
 
 
+def test_the_threshold_is_that_of_all_prunings() -> None:
+    """What goes in the last one is small: those before decided."""
+
+    def shrink(trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 3:
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(1e-3)
+
+    callback = WeightPruning(0.5, schedule="linear", end=4, report=True)
+    fit(seeded(Task), callback, Spy(on_train_epoch_start=shrink), max_epochs=4)
+    assert all(each.threshold is not None and each.threshold > 0.01 for each in callback.report_.weights)
+
+
 def test_tensorboard_gets_figures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from lightning.pytorch.loggers import TensorBoardLogger
