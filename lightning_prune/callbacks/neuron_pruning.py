@@ -30,7 +30,7 @@ from lightning_prune.pruning.neurons import Choice, check_compensate, latency_am
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.repair import Repair, add_to, recalibrate
 from lightning_prune.pruning.select import Curves, Dense, check_choice, measure_dense
-from lightning_prune.pruning.sensitivity import Sensitivity
+from lightning_prune.pruning.sensitivity import Sensitivity, by_layers
 from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weight_criteria import mix_seed
 from lightning_prune.report.run import batch_size
@@ -475,7 +475,7 @@ class NeuronPruning(StructureCallback):
             return None
         rows = {key: curve.tolist() for key, curve in self._curves.items()}
         values = {key: {n / (len(row) - 1): row[n] for n in range(1, len(row))} for key, row in rows.items()}
-        return Sensitivity("squared change of the outputs, relative", 0.0, values)
+        return Sensitivity("squared change of the outputs, relative", 0.0, by_layers(values))
 
     def _why_nothing(self) -> str:
         reasons = [f"{key.partition('#')[0]}: {why}" for refused in self._refused for key, why in refused.items()]

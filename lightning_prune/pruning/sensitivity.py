@@ -21,7 +21,7 @@ from lightning_prune.pruning.criteria import collect_now, get_neuron_criterion
 from lightning_prune.pruning.progress import progress_bar
 from lightning_prune.pruning.select import globs, pick
 
-__all__ = ["Sensitivity", "damage_curves", "sensitivity"]
+__all__ = ["Sensitivity", "by_layers", "damage_curves", "sensitivity"]
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -159,10 +159,10 @@ def sensitivity(
     if not values:
         raise PruningError(f"no neuron of this model can be pruned.\n{groups}")
     name = getattr(metric, "__name__", type(metric).__name__)
-    return Sensitivity(name, base, _by_layers(values))
+    return Sensitivity(name, base, by_layers(values))
 
 
-def _by_layers(values: dict[str, dict[float, float]]) -> dict[str, dict[float, float]]:
+def by_layers(values: dict[str, dict[float, float]]) -> dict[str, dict[float, float]]:
     """By the names of the layers alone, but where they make several groups."""
     short = Counter(key.rpartition("#")[0] for key in values)
     named = ((key, key.rpartition("#")[0], row) for key, row in values.items())

@@ -187,3 +187,11 @@ def test_a_logger_that_fails_does_not_cost_the_run() -> None:
     with pytest.warns(UserWarning, match="was not logged: RuntimeError: no room left"):
         fit(seeded(Task), callback, logger=Pictures(broken=True))
     assert callback.report_ is not None
+
+
+def test_the_curves_of_a_sensitivity_scope_are_in_the_report_by_layer() -> None:
+    callback = NeuronPruning(0.3, scope="sensitivity")
+    fit(seeded(Task), callback)
+    found = callback.report_.sensitivity
+    assert found is not None
+    assert set(found.values) <= {name for name, _ in Task().named_modules()}
