@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.graph.callsites import CallSite, ModuleCall
 from lightning_prune.graph.labels import Solution
-from lightning_prune.graph.run import as_calls, check_model, traced
+from lightning_prune.graph.run import as_calls, check_model, no_collection, traced
 from lightning_prune.graph.trace import AttributeSite, Leaf, Trace
 
 __all__ = ["Group", "Groups", "Slice", "draw_groups", "find_groups"]
@@ -250,12 +250,16 @@ class Groups(Sequence[Group]):
 
     def kept(self, alive: Tensor) -> dict[str, dict[int, Tensor]]:
         """Indices kept of every parameter and buffer that shrinks when only ``alive`` neurons stay."""
+        units, ends = self._every
+        stays = torch.cat([alive, alive.new_ones(1)])[units]
+        index = stays.nonzero().squeeze(1)
+        before = torch.searchsorted(index, ends)  # how many stay before each extent's end
+        counts = before.diff()
+        index -= ends[:-1].repeat_interleave(counts)
         result: dict[str, dict[int, Tensor]] = {}
-        for (name, dim), extent in self.extents.items():
-            if extent.fixed:
-                continue
-            kept = extent.kept(alive)
-            if len(kept) < len(extent.unit_of):
+        sizes = ends.diff().tolist()
+        for (name, dim), size, kept in zip(self.extents, sizes, index.split(counts.tolist()), strict=True):
+            if len(kept) < size:
                 result.setdefault(name, {})[dim] = kept
         return result
 
@@ -291,6 +295,10 @@ class Groups(Sequence[Group]):
         return sum(macs * prod(next(left) for _ in factors) for macs, factors in self.costs)
 
     @cached_property
+    def _every(self) -> Extents:
+        return _join(list(self.extents.values()), self.neurons)
+
+    @cached_property
     def _factors(self) -> Extents:
         return _join([extent for _, factors in self.costs for extent in factors], self.neurons)
 
@@ -308,18 +316,15 @@ class Groups(Sequence[Group]):
 
     def idle(self, alive: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Those of the neurons that go whose layers have only zeros for them, biases aside: bool (neurons,)."""
-        sizes = torch.zeros(self.neurons, dtype=torch.float64)
-        made = torch.zeros(self.neurons, dtype=torch.bool)
+        used, made = torch.zeros((2, self.neurons), dtype=torch.bool)
         for group, numbers in zip(self.prunable, self.ranges, strict=True):
             if bool(alive[numbers.start : numbers.stop].all()):
                 continue
             for part in group.slices:
                 if part.role == "makes" and part.name in self.parameters:
-                    tensor = tensors[part.name].detach()
-                    rows = tensor.movedim(part.dim, 0).reshape(tensor.size(part.dim), -1).abs().amax(1).double().cpu()
-                    sizes[numbers.start : numbers.stop] += rows[part.index].sum(1)
+                    used[numbers.start : numbers.stop] |= _not_zero(tensors[part.name], part.dim)[part.index].any(1)
                     made[numbers.start : numbers.stop] = True
-        return ~alive & made & (sizes == 0)
+        return ~alive & made & ~used
 
     def without(self, alive: Tensor) -> Groups:
         """The groups after all but the ``alive`` neurons are gone, as a new trace would find them."""
@@ -412,6 +417,19 @@ class Groups(Sequence[Group]):
             rows = [(", ".join(map(str, g.slices)), g.size, g.frozen or "") for g in self.frozen]
             lines += [f"{len(self.frozen)} frozen", *_columns(rows)]
         return "\n".join(lines)
+
+
+def _not_zero(tensor: Tensor, dim: int) -> Tensor:
+    """Which slices along a dimension hold anything but zeros; most show it by their first element."""
+    slices = tensor.detach().movedim(dim, 0)
+    first = slices
+    while first.dim() > 1:
+        first = first[..., 0]
+    found: Tensor = first != 0
+    unsure = (~found).nonzero().squeeze(1)
+    if len(unsure) and slices.dim() > 1:
+        found[unsure] = (slices[unsure] != 0).flatten(1).any(1)
+    return found.cpu()
 
 
 def _roles(group: Group) -> str:
@@ -595,5 +613,5 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
           2.weight[0], 2.bias[0]      2  reaches the model's output
     """
     check_model(model)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), no_collection():
         return draw_groups(traced(model, as_calls(example_inputs)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ __all__ = [
     "check_model",
     "cuda_devices",
     "named_tensors",
+    "no_collection",
     "plain_encoders",
     "run_calls",
     "same_buffers",
@@ -119,6 +121,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Inside, Python doesn't look for garbage in cycles: every look goes through all that the process holds.
+
+    A trace allocates many small things that live to its end, which makes Python look often and find nothing.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -437,19 +437,19 @@ class Custom(NeuronCriterion):
         return scores
 
 
-CHUNK = 1 << 21
-"""Elements whose magnitudes are held at a time: a copy of a large weight costs more than reading it."""
+CHUNK = 1 << 18
+"""Elements whose magnitudes are held at a time, in the same memory: to fill fresh memory costs more than to read."""
 
 
 def _norms(weight: Tensor, dims: list[int], power: int) -> list[Tensor]:
     """Sum of |w|^power over each slice along each of some dimensions, float64."""
     rows = max(CHUNK * weight.size(0) // weight.numel(), 1) if weight.numel() else 1
     found: list[list[Tensor]] = [[] for _ in dims]
+    exact = weight.dtype in (torch.float32, torch.float64)
+    memory = torch.empty_like(weight[:rows], memory_format=torch.contiguous_format) if exact else None
     for part in weight.split(rows):
-        sizes = part.abs()
-        if sizes.dtype not in (torch.float32, torch.float64):
-            sizes = sizes.float()
-        sizes = sizes.square() if power == 2 else sizes
+        sizes = part.abs().float() if memory is None else torch.abs(part, out=memory[: len(part)])
+        sizes = sizes.square_() if power == 2 else sizes
         others = [dim for dim in range(sizes.dim()) if dim not in dims]
         sizes = sizes.sum(others) if others else sizes
         for norms, at in zip(found, range(len(dims)), strict=True):

@@ -24,7 +24,7 @@ from lightning_prune.graph.callsites import (
     remove_patches,
 )
 from lightning_prune.graph.groups import Group, Groups, find_groups
-from lightning_prune.graph.run import cuda_devices, named_tensors, plain_encoders, run_calls, undisturbed
+from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection, plain_encoders, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
 from lightning_prune.graph.tree import tensors as tensors_of
@@ -380,7 +380,7 @@ def _attempt(
     ]
     tensors = named_tensors(model)
     counts = groups.counts(alive)
-    with undisturbed(model), plain_encoders():
+    with no_collection(), undisturbed(model), plain_encoders():
         model.eval()
         masked = MaskedModel(model, kept, groups.unmasked, groups.own)
         compare = verify and all(group.exact or masked.norms.keys() >= set(group.mixing) for group in touched)
