@@ -316,7 +316,8 @@ class Groups(Sequence[Group]):
 
     def idle(self, alive: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Those of the neurons that go whose layers have only zeros for them, biases aside: bool (neurons,)."""
-        used, made = torch.zeros((2, self.neurons), dtype=torch.bool)
+        used = torch.zeros(self.neurons, dtype=torch.bool)
+        made = torch.zeros_like(used)
         for group, numbers in zip(self.prunable, self.ranges, strict=True):
             if bool(alive[numbers.start : numbers.stop].all()):
                 continue
