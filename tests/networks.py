@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_prune.graph.callsites import installed_patches
+from lightning_prune.graph.run import named_tensors
 
 TOLERANCE = 1e-10
 """Relative; float64."""
@@ -516,6 +517,34 @@ def build_case(name: str) -> tuple[nn.Module, Tensor]:
 
 def complement(size: int, index: Sequence[int] | Tensor) -> list[int]:
     return sorted(set(range(size)) - set(map(int, index)))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, shape: tuple[int, ...], number: int) -> None:
+    """Train on a batch of its own."""
+    x, target = inputs(shape, batch=4, seed=number), inputs((1,), batch=4, seed=1000 + number)
+    optimizer.zero_grad()
+    F.mse_loss(model(x).flatten(1).sum(1, keepdim=True), target).backward()
+    optimizer.step()
+
+
+def zero_gone(tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+    """Zero wherever a neuron is gone."""
+    with torch.no_grad():
+        for name, dims in kept.items():
+            if name in tensors:
+                for dim, index in dims.items():
+                    gone = torch.tensor(complement(tensors[name].size(dim), index))
+                    tensors[name].index_fill_(dim, gone, 0)
+
+
+def mask(model: nn.Module, optimizer: torch.optim.Optimizer, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+    """Zero in parameters, buffers and optimizer state wherever a neuron is gone."""
+    zero_gone(named_tensors(model), kept)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                zero_gone({names[id(parameter)]: value}, kept)
 
 
 def as_lists(kept: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[int, list[int]]]:

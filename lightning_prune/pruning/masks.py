@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
+from lightning_prune.pruning.optimizers import with_inner
+
 __all__ = ["HeldMasks", "Masks", "apply_masks", "local", "mask_optimizer", "placed_like", "share_of", "whole"]
 
 Masks = dict[str, Tensor]
@@ -71,11 +73,13 @@ def apply_masks(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -
 
 @torch.no_grad()
 def mask_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set an optimizer's state to zero in masked places: momentum would revive them."""
+    """Set an optimizer's state to zero in masked places, and of those inside: momentum would revive them."""
+    every = with_inner(optimizer)
     for name, mask in masks.items():
-        for value in optimizer.state.get(parameters[name], {}).values():
-            if isinstance(value, Tensor) and value.shape == mask.shape:
-                _clear(value, share_of(mask, value))
+        for each in every:
+            for value in each.state.get(parameters[name], {}).values():
+                if isinstance(value, Tensor) and value.shape == mask.shape:
+                    _clear(value, share_of(mask, value))
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError, SurgeryError
-from lightning_prune.pruning.surgery import Change, forget
+from lightning_prune.pruning.change import Change
+from lightning_prune.pruning.optimizers import forget
 
 __all__ = ["Form", "PassThrough", "inside", "passes", "passing_layers", "put_back", "remove_modules", "skeletons_of"]
 

@@ -6,18 +6,18 @@ ones back.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import named_tensors
 from lightning_prune.pruning.attention import NarrowAttention, install_narrow_attention, remove_narrow_attention
+from lightning_prune.pruning.change import Attributes, Change, Indices, Replaced, Undo, Value, setter, take
+from lightning_prune.pruning.optimizers import follow
 
 __all__ = [
     "Attributes",
@@ -30,48 +30,17 @@ __all__ = [
     "enlarge",
     "fit_shapes",
     "fits",
-    "forget",
     "named_tensors",
     "shrink",
     "take",
 ]
 
-Indices = Sequence[int] | Tensor
 Kept = Mapping[str, Mapping[int, Indices]]
-Undo = Callable[[], None]
-Replaced = dict[int, tuple[Tensor, Tensor, Mapping[int, Tensor]]]
-"""Id of a tensor -> itself, the smaller one in its place, what that keeps of each dimension."""
-
-Value = int | str | tuple[int, ...] | list[int]
-Attributes = dict[str, dict[str, tuple[Value, Value]]]
-"""Module path -> attribute -> its value before and after."""
-
 Numbers = Mapping[str, Mapping[str, Value]]
 """Module path -> attribute -> its value afterwards."""
 
 Counts = Mapping[str, Sequence[int]]
 """Buffer of indices -> the indices that stay of what it counts along."""
-
-
-@dataclass
-class Change:
-    """What a surgery did, and how to take it back."""
-
-    attributes: Attributes = field(default_factory=dict)
-    steps: list[Undo] = field(default_factory=list)
-
-    def undo(self) -> None:
-        """Put everything back as it was."""
-        while self.steps:
-            self.steps.pop()()
-
-
-def take(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
-    """A new contiguous tensor with only some indices along some dimensions."""
-    result = tensor.detach()
-    for dim, index in dims.items():
-        result = result.index_select(dim, torch.as_tensor(index, device=tensor.device))
-    return result.contiguous()
 
 
 def shrink(
@@ -129,7 +98,7 @@ def shrink(
             if isinstance(module, nn.MultiheadAttention):
                 _narrow(path, module, kept, (numbers or {}).get(path, {}), change)
         for optimizer in optimizers:
-            _follow(optimizer, replaced, change)
+            follow(optimizer, replaced, change)
     except BaseException:
         change.undo()
         raise
@@ -151,14 +120,14 @@ def _replace(
     for registry in registries:
         for key, tensor in registry.items():
             if tensor is not None and id(tensor) in replaced:
-                change.steps.append(_setter(registry, key, tensor))
+                change.steps.append(setter(registry, key, tensor))
                 registry[key] = replaced[id(tensor)][1]
                 touched = True
     for key, value in before.items():
         if isinstance(value, Tensor):  # what old-style weight_norm computes anew in each forward
-            change.steps.append(_setter(module.__dict__, key, value))
+            change.steps.append(setter(module.__dict__, key, value))
         elif key == "_flat_weights" or (isinstance(value, list) and any(id(item) in replaced for item in value)):
-            change.steps.append(_setter(module.__dict__, key, value))
+            change.steps.append(setter(module.__dict__, key, value))
             module.__dict__[key] = [replaced[id(item)][1] if id(item) in replaced else item for item in value]
     if touched and isinstance(module, nn.RNNBase):  # its list may hold what a functional call has put there
         module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
@@ -185,7 +154,7 @@ def set_attribute(path: str, module: nn.Module, attribute: str, value: Value, ch
         value = type(old)(value)
     if old is None or old == value:
         return
-    change.steps.append(_setter(module.__dict__, attribute, old))
+    change.steps.append(setter(module.__dict__, attribute, old))
     first = change.attributes.setdefault(path, {}).get(attribute, (old, value))[0]
     change.attributes[path][attribute] = (first, value)
     module.__dict__[attribute] = value
@@ -218,16 +187,9 @@ def _narrow(path: str, module: nn.MultiheadAttention, kept: Kept, numbers: Mappi
         change.steps.append(install_narrow_attention(module, scale))
         set_attribute(path, module, "_qkv_same_embed_dim", False, change)  # keeps torch's fast path off
     elif narrow is not None:  # the width has followed since
-        change.steps.append(_setter(module.__dict__, "forward", narrow))
+        change.steps.append(setter(module.__dict__, "forward", narrow))
         remove_narrow_attention(module)
         set_attribute(path, module, "_qkv_same_embed_dim", packed, change)
-
-
-def _setter(target: Any, key: Any, value: Any) -> Undo:
-    def put_back() -> None:
-        target[key] = value
-
-    return put_back
 
 
 def _shrunk(old: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
@@ -330,78 +292,6 @@ def _groups_of(module: Any, weight: Tensor, before: Mapping[str, Any]) -> int:
         return weight.size(0) // inside if groups > 1 and weight.size(0) % inside == 0 else groups
     each = before["out_channels"] // groups
     return made // each if made % each == 0 else groups
-
-
-def _follow(optimizer: Optimizer, replaced: Replaced, change: Change) -> None:
-    """Make an optimizer hold the new parameters, with the state of what was kept."""
-    if not any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
-        return
-    for group in optimizer.param_groups:
-        parameters = list(group["params"])
-        change.steps.append(_setter(group["params"], slice(None), parameters))
-        # The list itself stays: an optimizer may hold on to it, as LBFGS does.
-        group["params"][:] = [replaced[id(p)][1] if id(p) in replaced else p for p in parameters]
-        for old in parameters:
-            if id(old) in replaced and old in optimizer.state:
-                new, dims = replaced[id(old)][1:]
-                state = optimizer.state[old]
-                change.steps.append(_setter(optimizer.state, old, state))
-                del optimizer.state[old]
-                change.steps.append(_deleter(optimizer.state, new))
-                optimizer.state[new] = _shrunk_state(state, old, dims, type(optimizer).__name__)
-    if isinstance(optimizer, LBFGS):
-        _restart(optimizer, change)
-
-
-def forget(optimizer: Optimizer, gone: Collection[int], change: Change) -> None:
-    """Take parameters, by id, out of an optimizer, and their state; a group that they leave empty stays."""
-    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in gone]
-    for group in optimizer.param_groups:
-        parameters = list(group["params"])
-        change.steps.append(_setter(group["params"], slice(None), parameters))
-        group["params"][:] = [p for p in parameters if id(p) not in gone]
-    for parameter in held:
-        if parameter in optimizer.state:
-            change.steps.append(_setter(optimizer.state, parameter, optimizer.state[parameter]))
-            del optimizer.state[parameter]
-    if held and isinstance(optimizer, LBFGS):
-        _restart(optimizer, change)
-
-
-def _restart(optimizer: LBFGS, change: Change) -> None:
-    """LBFGS has one history over all its parameters together, and counts them once: both start anew."""
-    for parameter, state in optimizer.state.items():
-        if state:
-            warnings.warn("LBFGS keeps one history of all its parameters: it starts anew", stacklevel=2)
-            change.steps.append(_setter(optimizer.state, parameter, state))
-            optimizer.state[parameter] = {}
-    change.steps.append(_setter(optimizer.__dict__, "_numel_cache", optimizer._numel_cache))
-    optimizer._numel_cache = None
-
-
-def _deleter(target: Any, key: Any) -> Undo:
-    def put_back() -> None:
-        target.pop(key, None)
-
-    return put_back
-
-
-def _shrunk_state(state: Mapping[str, Any], old: Tensor, dims: Mapping[int, Tensor], optimizer: str) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == old.shape:
-            result[key] = take(value, dims)
-        elif not isinstance(value, Tensor | list | tuple | dict) or (isinstance(value, Tensor) and value.dim() == 0):
-            result[key] = value
-        else:
-            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-            warnings.warn(
-                f"{optimizer} keeps {key!r}{shape} for a parameter of shape {tuple(old.shape)}: it can't follow "
-                "the removal, so the optimizer state of this parameter starts anew",
-                stacklevel=2,
-            )
-            return {}
-    return result
 
 
 def fits(small: Sequence[int], large: Sequence[int]) -> bool:

@@ -996,7 +996,7 @@ def by_index(trainer: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("where", ["_replace", "_follow"])
+@pytest.mark.parametrize("where", ["_replace", "follow"])
 @pytest.mark.parametrize("family", ["transformer", "gan"])
 def test_an_exception_in_the_surgery_leaves_the_module_as_it_was(
     family: str, where: str, error: Any, monkeypatch: pytest.MonkeyPatch
