@@ -20,6 +20,7 @@ from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.callbacks._structure import StructureCallback
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.copies import tie_copies
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
@@ -45,9 +46,10 @@ class NeuronPruning(StructureCallback):
     """Removes the least important neurons while Lightning trains: the model gets smaller and faster.
 
     Everything that depends on a shape follows: neighbouring layers, norm statistics, gradients, optimizer
-    state, DDP's buckets, the masks of `WeightPruning`. What neurons belong together is traced, not assumed:
-    on ``example_inputs``, else on the module's ``example_input_array``, else on the first training batch as it
-    flows through ``training_step``.
+    state, DDP's buckets, the masks of `WeightPruning`, momentum encoders (parts that no optimizer trains, and whose
+    weights are like those of a part that is trained; ``exclude`` them to keep them whole). What neurons belong together
+    is traced, not assumed: on ``example_inputs``, else on the module's ``example_input_array``, else on the first
+    training batch as it flows through ``training_step``.
 
     Args:
         amount: Fraction that is gone at the end, [0, 1): 0.3 is 30 % of the dense model.
@@ -194,6 +196,7 @@ class NeuronPruning(StructureCallback):
 
     def _take(self, trainer: Any, pl_module: Any, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
+        tie_copies(trace, self._choice.copies(pl_module, trainer.optimizers))
         groups = draw_groups(trace)
         for reasons in self._refused:  # in the order in which they were, since others may have come in their place
             found = {number: reasons[key] for number, key in enumerate(groups.keys) if key in reasons}

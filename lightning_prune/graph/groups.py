@@ -478,7 +478,8 @@ def _draw(trace: Trace) -> tuple[Groups, list[Tensor]]:
             made[box.cells.flatten()] = True  # a weight that was split before it made them
     places = [solution.root[leaf.labels] for leaf in trace.leaves]
     families = _families(trace, solution, made, places)
-    makers = [bool(made[leaf.labels].any()) for leaf in trace.leaves]
+    follows = tuple(f"{path}." for path in trace.followers)
+    makers = [bool(made[leaf.labels].any()) and not leaf.name.startswith(follows) for leaf in trace.leaves]
 
     unit_of_root = torch.full((trace.book.count,), NO_UNIT)
     prunable, frozen, roots, start = [], [], [], 0

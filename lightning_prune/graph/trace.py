@@ -88,6 +88,7 @@ class Trace:
         contractions: Calls that multiply.
         calls: The calls of the model, or of its parts, from outside.
         data_dependent: Whether shapes depended on values.
+        followers: Paths of parts that lose what others lose, see `tie_copies`.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -104,6 +105,7 @@ class Trace:
     contractions: list[Contraction] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     data_dependent: bool = False
+    followers: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from lightning_prune.graph.callsites import (
     installed_patches,
     remove_patches,
 )
-from lightning_prune.graph.groups import Group, Groups, find_groups
+from lightning_prune.graph.copies import copies_of_trained, tie_copies
+from lightning_prune.graph.groups import Group, Groups, draw_groups, find_groups
 from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection, plain_encoders, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
@@ -42,6 +43,7 @@ from lightning_prune.pruning.select import (
     check_choice,
     check_neuron_scope,
     globs,
+    is_named,
     measure_dense,
     pick,
     select_neurons,
@@ -77,6 +79,13 @@ class Choice:
                 raise PruningError(f"{name} must be a whole number of at least 1, got {value!r}")
         globs("include", self.include)
         globs("exclude", self.exclude)
+
+    def copies(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, str]:
+        """`copies_of_trained`, but those that are excluded."""
+        every = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+        copies = copies_of_trained(model, {id(p) for p in every if p.requires_grad})
+        excluded = globs("exclude", self.exclude) or ()
+        return {copy: other for copy, other in copies.items() if not is_named(copy, excluded)}
 
     def allowed(self, model: nn.Module, groups: Groups, judge: NeuronCriterion) -> Tensor:
         """The neurons that may go, bool (neurons,).
@@ -168,7 +177,8 @@ def prune_neurons(
         exact_only: Leave groups alone whose removal does not equal masking exactly.
         compensate: ``"least_squares"``: solve for the weights of linear layers and convolutions that read what is gone,
             so that their outputs for ``example_inputs`` change least. None: they stay as they are.
-        optimizer: The optimizer or optimizers that hold the parameters; state and param groups follow.
+        optimizer: The optimizer or optimizers that hold the parameters; state and param groups follow. Parts that none
+            of them trains and that are copies of a part that is trained (momentum encoders) lose the same neurons.
         verify: Compare with the masked model, one forward of each, and roll back if they differ.
 
     Returns:
@@ -191,6 +201,10 @@ def prune_neurons(
     optimizers = as_optimizers(optimizer)
     with torch.inference_mode(False), torch.no_grad():
         groups = find_groups(model, example_inputs)
+        copies = option.copies(model, optimizers) if optimizers else {}
+        if copies and groups.origin is not None:
+            tie_copies(groups.origin.trace, copies)
+            groups = draw_groups(groups.origin.trace)
 
         def choose(groups: Groups) -> Tensor:
             allowed = option.allowed(model, groups, judge)

@@ -24,6 +24,7 @@ __all__ = [
     "check_choice",
     "check_neuron_scope",
     "globs",
+    "is_named",
     "matching",
     "measure_dense",
     "pick",
@@ -99,7 +100,7 @@ def matching(modules: Sequence[str], include: Sequence[str] | None, exclude: Seq
     """
 
     def hits(pattern: str) -> set[str]:
-        found = {module for module in modules if any(fnmatchcase(name, pattern) for name in _with_parents(module))}
+        found = {module for module in modules if is_named(module, (pattern,))}
         if not found:
             listed = ", ".join(modules[:20]) + (", …" if len(modules) > 20 else "")
             raise PruningError(f"the pattern {pattern!r} matches no module that can be pruned; there are: {listed}")
@@ -107,6 +108,11 @@ def matching(modules: Sequence[str], include: Sequence[str] | None, exclude: Seq
 
     chosen = set(modules) if include is None else set[str]().union(*map(hits, include))
     return chosen.difference(*map(hits, exclude or ()))
+
+
+def is_named(module: str, patterns: Sequence[str]) -> bool:
+    """Whether some pattern matches a module's name, or that of a module that contains it."""
+    return any(fnmatchcase(name, pattern) for name in _with_parents(module) for pattern in patterns)
 
 
 def _with_parents(module: str) -> list[str]:
