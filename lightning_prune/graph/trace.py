@@ -38,6 +38,15 @@ FLOP_FORMULAS = {  # torch has no formula for the attention that it runs on the 
 }
 """FLOPs of an ATen call, twice its MACs, as `torch.utils.flop_counter` counts them."""
 _COLLECTIVES = ("c10d", "_c10d_functional")
+_REORDERS = frozenset(
+    {
+        _aten.alias.default,
+        _aten.detach.default,
+        _aten.permute.default,
+        _aten.t.default,
+        _aten.transpose.int,
+    }
+)
 _NO_SIZES: frozenset[Any] = frozenset({torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
 
 
@@ -116,6 +125,8 @@ class _Known:
     static: bool
     mixes: tuple[tuple[Tensor, str], ...] = ()
     sizes: dict[int, Tensor] = field(default_factory=dict)
+    gradient: bool = False
+    """Whether it was made of gradients: what becomes of these is no part of the model's function."""
 
 
 class _Dispatch(TorchDispatchMode):
@@ -160,6 +171,7 @@ class Tracer:
         tensors = parameters | dict(model.named_buffers())
         self._unread = {id(p): name for name, p in parameters.items()}
         self._names = {id(t): name for name, t in tensors.items()}
+        self._parameter_shapes = {tuple(p.shape) for p in parameters.values()}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside, self._entered)
         self._patchable = False
         self._scripted = [f"{p}." for p, m in model.named_modules() if p and isinstance(m, torch.jit.ScriptModule)]
@@ -247,6 +259,10 @@ class Tracer:
         if func.namespace == "prim":  # a property of a tensor was read
             return
         inputs = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
+        gradients = self._is_on_gradients(inputs)
+        if gradients and func not in _REORDERS:
+            self._follow_gradients(inputs, out)
+            return
         static = True
         for tensor in inputs:
             name = self._names.get(id(tensor))
@@ -269,10 +285,43 @@ class Tracer:
             result = found(call)
         elif func.namespace not in _COLLECTIVES:  # those of DDP change no shape
             call.freeze_all(f"no rule for {func} ({call})")
-        self._note(call, result, static)
+        self._note(call, result, static, gradients)
         self._count(call)
 
-    def _note(self, call: Call, result: Any, static: bool) -> None:
+    def _is_on_gradients(self, inputs: list[Tensor]) -> bool:
+        """Whether a call works on gradients, and on parameters and numbers at most beside."""
+        found = False
+        for tensor in inputs:
+            known = self._known.get(tensor)
+            if known is None and not tensor.requires_grad and tuple(tensor.shape) in self._parameter_shapes:
+                known = self._known_gradient(tensor)
+            if known is not None and known.gradient:
+                found = True
+            elif id(tensor) not in self._names and tensor.dim():
+                return False
+        return found
+
+    def _known_gradient(self, tensor: Tensor) -> _Known | None:
+        for parameter in self._model.parameters():
+            if parameter.grad is tensor:
+                known = self._known[tensor] = _Known(self._known[parameter].dims, False, gradient=True)
+                return known
+        return None
+
+    def _follow_gradients(self, inputs: list[Tensor], out: Any) -> None:
+        """What has the shape of a gradient counts the same; a step that is written by hand adds it to a parameter."""
+        for tensor in pytree.tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            alike = [self._known[each].dims for each in inputs if each.shape == tensor.shape and each in self._known]
+            for dims in alike[1:]:
+                for one, other in zip(alike[0], dims, strict=True):
+                    if one is not None and other is not None:
+                        self.trace.book.tie(one, other)
+            if id(tensor) not in self._names:
+                self._known[tensor] = _Known(alike[0] if alike else (None,) * tensor.dim(), False, gradient=True)
+
+    def _note(self, call: Call, result: Any, static: bool, gradient: bool) -> None:
         """Keep what a rule said of the outputs, and what it said of the arguments."""
         if call.sizes and not self._patchable:
             for labels in call.sizes.values():
@@ -292,7 +341,7 @@ class Tracer:
         for at, tensor in enumerate(outs):
             dims = all_dims[at] if at < len(all_dims) else (None,) * tensor.dim()
             if static or call.mixes or any(labels is not None for labels in dims):
-                self._known[tensor] = _Known(dims, static, tuple(call.mixes), call.sizes)
+                self._known[tensor] = _Known(dims, static, tuple(call.mixes), call.sizes, gradient)
             elif tensor in self._known:  # written into
                 self._known[tensor] = _Known(dims, False)
 

@@ -88,6 +88,48 @@ aten_family(
 )
 
 
+@rule(
+    aten._foreach_abs,
+    aten._foreach_abs_,
+    aten._foreach_add.List,
+    aten._foreach_add_.List,
+    aten._foreach_addcdiv,
+    aten._foreach_addcdiv_,
+    aten._foreach_addcmul,
+    aten._foreach_addcmul_,
+    aten._foreach_copy_,
+    aten._foreach_div,
+    aten._foreach_div_,
+    aten._foreach_lerp,
+    aten._foreach_lerp_,
+    aten._foreach_mul,
+    aten._foreach_mul_,
+    aten._foreach_neg,
+    aten._foreach_neg_,
+    aten._foreach_sqrt,
+    aten._foreach_sqrt_,
+    aten._foreach_sub.List,
+    aten._foreach_sub_.List,
+    aten._foreach_zero_,
+)
+def foreach(call: Call) -> list[Dims]:
+    """Lists of tensors, one operation for all of their first ones, one for all of their second ones, …; zero stays."""
+    lists = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, (list, tuple))]
+    lists = [each for each in lists if each and all(isinstance(item, Tensor) for item in each)]
+    result: list[Dims] = []
+    for together in zip(*lists, strict=True):
+        same = [call.dims(tensor) for tensor in together if tensor.shape == together[0].shape]
+        dims = list(same[0])
+        for other in same[1:]:
+            dims = [call.unify(one, two) for one, two in zip(dims, other, strict=True)]
+        if len(same) < len(together):  # broadcast
+            for tensor in together:
+                for labels in call.dims(tensor):
+                    call.freeze(labels, "is broadcast in a list of tensors by")
+        result.append(tuple(dims))
+    return result
+
+
 def _keeps_zero(call: Call, inputs: list[Tensor], zeros: tuple[int, ...], labels: Tensor) -> bool:
     """Whether the operation makes zero of zeros in some of its inputs: run it on a few numbers and see."""
     if torch.Tag.nondeterministic_seeded in call.func.tags:  # dropouts keep zeros; a run would draw random numbers
