@@ -106,19 +106,25 @@ def cuda_devices(model: nn.Module) -> list[torch.device]:
     return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to, where that is counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's mode, buffers and the random state are put back afterwards."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in model.buffers()]
     devices = [device.index or 0 for device in cuda_devices(model)]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for buffer, value, version in buffers:
+                if version is None or _version(buffer) != version:  # a backward that is to come may need it as it is
+                    buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
 

@@ -130,6 +130,14 @@ class Prunable:
     pruning_plan: Plan = Plan({}, {})
     activation_plan: Plan = Plan({}, {})
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[1 : cls.__mro__.index(Prunable)]
+        hidden = [base for base in before if issubclass(base, nn.Module) and not issubclass(base, Prunable)]
+        if hidden:  # their methods would be taken in place of these
+            name = hidden[0].__name__
+            raise TypeError(f"Prunable must stand before {name}: class {cls.__name__}(Prunable, {name})")
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         metadata = getattr(destination, "_metadata", None)

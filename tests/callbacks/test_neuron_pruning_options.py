@@ -37,6 +37,7 @@ from lightning_modules import (
 from torch import Tensor, nn
 
 from lightning_prune import NoEffectWarning, count_cost, find_groups
+from lightning_prune.graph.run import run_calls
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -174,6 +175,22 @@ def test_latency_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     fit(module, callback, max_epochs=4)
     assert 0.42 * whole < count_cost(module.net, torch.rand(1, *IMAGE)).macs <= 0.5 * whole
     assert callback.state_dict()["latency_macs"] == pytest.approx(0.5, abs=1 / 32)
+
+
+def test_a_latency_is_measured_between_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch norm's backward needs its buffers as its forward left them."""
+
+    def fake(models: Any, calls: Any, *, seconds: float = 1.0) -> list[float]:
+        for model in models:
+            model.eval()
+            run_calls(model, calls)
+        return [float(sum(p.numel() for p in model.parameters())) for model in models]
+
+    monkeypatch.setattr("lightning_prune.pruning.latency.latencies", fake)
+    net = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4))
+    module = Task(net)
+    fit(module, neurons(0.25, of="latency"), max_epochs=2)
+    assert net[0].out_features < 24
 
 
 def test_a_latency_out_of_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

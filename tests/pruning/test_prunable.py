@@ -478,3 +478,13 @@ def test_a_plan_is_plain_data_in_a_checkpoint(checkpoint: bytes, tmp_path: Path)
     plans = [state["plan"] for state in content["callbacks"].values() if isinstance(state, dict) and "plan" in state]
     assert len(plans) == 1
     assert Plan.from_dict(plans[0])
+
+
+def test_the_mixin_stands_first() -> None:
+    with pytest.raises(TypeError, match=r"Prunable must stand before Task: class Late\(Prunable, Task\)"):
+        type("Late", (Task, Prunable), {})
+
+    class Below(Loadable):
+        pass
+
+    assert Below().pruning_plan == Plan({}, {})
