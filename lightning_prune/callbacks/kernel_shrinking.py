@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._structure import ObservingCallback
+from lightning_prune.graph.copies import trained_by
 from lightning_prune.graph.observe import Use
 from lightning_prune.pruning.budget import Budget
 from lightning_prune.pruning.kernels import Kernels, check_rings, choose_rings, find_kernels, shrink_chosen
@@ -72,8 +73,9 @@ class KernelShrinking(ObservingCallback):
         self.criterion = criterion
 
     def _find(self, pl_module: Any, uses: Mapping[str, Use]) -> Kernels:
-        include, exclude = globs("include", self.include), globs("exclude", self.exclude)
-        kernels = find_kernels(pl_module, uses, self.of, include, exclude, strict=not self.plan_)
+        named = globs("include", self.include), globs("exclude", self.exclude)
+        trained = trained_by(pl_module.trainer.optimizers)
+        kernels = find_kernels(pl_module, uses, self.of, *named, trained=trained, strict=not self.plan_)
         self.frozen_ = kernels.frozen
         return kernels
 
@@ -96,4 +98,5 @@ class KernelShrinking(ObservingCallback):
         self.frozen_ = kernels.frozen
         shrunk = {path: weight for path, weight in found.weights.items() if f"{path}.weight" in plan.kept}
         left = {path: pl_module.get_parameter(f"{path}.weight").numel() / w.numel() for path, w in shrunk.items()}
+        left |= {copy: left[path] for copy, path in found.copies.items() if path in left and copy in uses}
         return plan, sum(uses[path].macs * (1 - part) for path, part in left.items())

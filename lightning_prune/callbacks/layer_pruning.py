@@ -10,6 +10,7 @@ import torch
 
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._structure import ObservingCallback
+from lightning_prune.graph.copies import trained_by
 from lightning_prune.graph.observe import Use
 from lightning_prune.pruning.budget import Budget
 from lightning_prune.pruning.layers import Layers, check_layers, choose_layers, drop_chosen, find_layers
@@ -80,9 +81,11 @@ class LayerPruning(ObservingCallback):
         self.criterion = criterion
 
     def _find(self, pl_module: Any, uses: Mapping[str, Use], step: int) -> Layers:
-        include, exclude = globs("include", self.include), globs("exclude", self.exclude)
-        strict = not self.plan_
-        layers = find_layers(pl_module, uses, self.of, self.criterion, include, exclude, seed=step, strict=strict)
+        named = globs("include", self.include), globs("exclude", self.exclude)
+        trained, strict = trained_by(pl_module.trainer.optimizers), not self.plan_
+        layers = find_layers(
+            pl_module, uses, self.of, self.criterion, *named, seed=step, trained=trained, strict=strict
+        )
         self.frozen_ = layers.frozen
         return layers
 
@@ -103,7 +106,7 @@ class LayerPruning(ObservingCallback):
 
         plan, layers = drop_chosen(pl_module, self._repeatable(), found, choose, trainer.optimizers)
         self.frozen_ = layers.frozen
-        return plan, sum(uses[path].macs for path in plan.removed)
+        return plan, sum(uses[path].macs for path in plan.removed if path in uses)
 
 
 def _of_all_ranks(trainer: Any, pl_module: Any, uses: Mapping[str, Use]) -> Mapping[str, Use]:

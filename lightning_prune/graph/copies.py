@@ -6,14 +6,15 @@ callback. So it isn't observed; a copy is known by what it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_prune.graph.trace import Trace
 
-__all__ = ["copies_of_trained", "tie_copies"]
+__all__ = ["copies_of_trained", "original_of", "tie_copies", "trained_by"]
 
 ALIKE = 0.5
 """Least cosine between the weights of a network and a copy of it. Networks that have nothing to do with each other are
@@ -65,13 +66,25 @@ def _cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return dot / scale if scale else 0.0
 
 
-def tie_copies(trace: Trace, copies: dict[str, str]) -> None:
+def trained_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Ids of the parameters that optimizers change."""
+    every = (parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"])
+    return {id(parameter) for parameter in every if parameter.requires_grad}
+
+
+def original_of(path: str, copies: Mapping[str, str]) -> str | None:
+    """What a module in a copy is a copy of; None for any other."""
+    for copy, other in copies.items():
+        if path == copy or path.startswith(f"{copy}."):
+            return other + path[len(copy) :]
+    return None
+
+
+def tie_copies(trace: Trace, copies: Mapping[str, str]) -> None:
     """State that copies lose what the others lose; their layers make no neurons of their own."""
     labels = {(leaf.name, leaf.dim): leaf.labels for leaf in trace.leaves}
     for leaf in trace.leaves:
-        for copy, other in copies.items():
-            if leaf.name.startswith(f"{copy}."):
-                known = labels.get((f"{other}.{leaf.name[len(copy) + 1 :]}", leaf.dim))
-                if known is not None and len(known) == len(leaf.labels):
-                    trace.book.tie(known, leaf.labels)
+        known = labels.get((original_of(leaf.name, copies) or "", leaf.dim))
+        if known is not None and len(known) == len(leaf.labels):
+            trace.book.tie(known, leaf.labels)
     trace.followers |= copies.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.copies import copies_of_trained, original_of, trained_by
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, named_tensors, run_calls, undisturbed
 from lightning_prune.graph.verify import MaskedModel
 from lightning_prune.pruning.budget import COSTS, Budget, among, listed
 from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import check_amount, check_choice, globs
+from lightning_prune.pruning.select import check_amount, check_choice, globs, is_named
 from lightning_prune.pruning.surgery import Change, shrink
 from lightning_prune.pruning.transaction import checked, settle
 from lightning_prune.pruning.weight_criteria import CONVOLUTIONS, TRANSPOSED
@@ -91,7 +92,9 @@ def shrink_kernels(
         with undisturbed(model), observer.watch():
             model.eval()
             run_calls(model, calls)
-        kernels = find_kernels(model, observer.uses, of, globs("include", include), globs("exclude", exclude))
+        trained = trained_by(optimizers)
+        named = globs("include", include), globs("exclude", exclude)
+        kernels = find_kernels(model, observer.uses, of, *named, trained=trained)
         now = observer.macs if of == "macs" else sum(p.numel() for p in model.parameters())
         budget = Budget(of, now, now)
 
@@ -117,19 +120,21 @@ class Kernels:
     Attributes:
         weights: Their weights, by module path.
         rings: How many rings each can lose.
-        costs: What each costs now, in parameters or MACs; all of it in proportion to the kernel's size.
+        costs: What each costs now with its copies, in parameters or MACs, all of it in proportion to the kernel's size.
         frozen: Other convolutions -> why they stay.
+        copies: Convolutions that follow another one, see `copies_of_trained` -> that one.
     """
 
     weights: dict[str, Tensor]
     rings: dict[str, int]
     costs: dict[str, float]
     frozen: dict[str, str]
+    copies: dict[str, str]
 
     def without(self, refused: Mapping[str, str]) -> Kernels:
         """Some turn out not to be able to shrink."""
         left = {path: weight for path, weight in self.weights.items() if path not in refused}
-        return Kernels(left, self.rings, self.costs, {**self.frozen, **refused})
+        return replace(self, weights=left, frozen={**self.frozen, **refused})
 
     def saved(self, path: str, rings: int) -> float:
         """What a convolution no longer costs without some rings."""
@@ -151,6 +156,7 @@ def find_kernels(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     *,
+    trained: Collection[int] = (),
     strict: bool = True,
 ) -> Kernels:
     """The convolutions of a model whose kernels may shrink, and why the others may not.
@@ -161,6 +167,7 @@ def find_kernels(
         of: What they cost: ``"params"`` or ``"macs"``.
         include: Globs on module names (None: all).
         exclude: Globs on module names.
+        trained: Ids of the parameters that optimizers hold: copies of what these train follow it.
         strict: Refuse patterns that match nothing, and models with nothing that may shrink.
 
     Raises:
@@ -175,8 +182,14 @@ def find_kernels(
     found: dict[str, Tensor] = {}
     rings: dict[str, int] = {}
     frozen: dict[str, str] = {}
+    networks = {c: o for c, o in copies_of_trained(model, trained).items() if not is_named(c, exclude or ())}
+    copies: dict[str, str] = {}
     for path, module in model.named_modules():
         if not isinstance(module, _ConvNd):
+            continue
+        original = original_of(path, networks)
+        if original is not None:
+            copies[path] = original
             continue
         reason = _reason(module, holders) or (None if path in uses else "was not called")
         if reason is None:
@@ -191,7 +204,10 @@ def find_kernels(
     frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     weights = {path: weight for path, weight in found.items() if path in chosen}
     costs = {path: float(uses[path].macs if of == "macs" else weight.numel()) for path, weight in weights.items()}
-    return Kernels(weights, rings, costs, frozen)
+    for copy, path in copies.items():
+        if path in costs:
+            costs[path] += (uses[copy].macs if copy in uses else 0) if of == "macs" else weights[path].numel()
+    return Kernels(weights, rings, costs, frozen, copies)
 
 
 def _reason(module: _ConvNd, holders: Mapping[int, int]) -> str | None:
@@ -323,7 +339,9 @@ def shrink_chosen(
         return list(rings)
 
     def attempt(paths: Collection[str]) -> tuple[Plan, Change]:
-        return remove_rings(model, calls, {path: rings[path] for path in paths}, optimizers)
+        asked = {path: rings[path] for path in paths}
+        following = {copy: rings[path] for copy, path in kernels.copies.items() if path in asked}
+        return remove_rings(model, calls, asked | following, optimizers)
 
     plan, refused = settle(choose_paths, attempt)
     kernels = kernels.without(refused)

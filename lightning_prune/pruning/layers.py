@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.copies import copies_of_trained, original_of, trained_by
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, run_calls, undisturbed
 from lightning_prune.pruning.budget import COSTS, Budget, among, listed
 from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect
 from lightning_prune.pruning.passing import Form, inside, remove_modules, skeletons_of
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import check_amount, check_choice, globs
+from lightning_prune.pruning.select import check_amount, check_choice, globs, is_named
 from lightning_prune.pruning.surgery import Change
 from lightning_prune.pruning.transaction import checked, settle
 
@@ -97,7 +98,14 @@ def remove_layers(
             run_calls(model, calls)
         seed = torch.initial_seed()
         layers = find_layers(
-            model, observer.uses, of, criterion, globs("include", include), globs("exclude", exclude), seed=seed
+            model,
+            observer.uses,
+            of,
+            criterion,
+            globs("include", include),
+            globs("exclude", exclude),
+            seed=seed,
+            trained=trained_by(optimizers),
         )
         now = observer.macs if of == "macs" else sum(p.numel() for p in model.parameters())
         budget = Budget(of, now, now)
@@ -124,9 +132,10 @@ class Layers:
     Attributes:
         scores: How much each changes its input, by module path; higher means keep.
         forms: How each is called.
-        costs: What each costs now, in parameters or MACs, with everything inside it.
+        costs: What each costs now, in parameters or MACs, with everything inside it and its copies.
         residual: Those that add something to their input.
         frozen: Other modules with parameters -> why they stay.
+        copies: Modules that follow another one, see `copies_of_trained` -> that one.
     """
 
     scores: dict[str, float]
@@ -134,11 +143,12 @@ class Layers:
     costs: dict[str, float]
     residual: frozenset[str]
     frozen: dict[str, str]
+    copies: dict[str, str]
 
     def without(self, refused: Mapping[str, str]) -> Layers:
         """Some turn out to be needed."""
         left = {path: score for path, score in self.scores.items() if path not in refused}
-        return Layers(left, self.forms, self.costs, self.residual, {**self.frozen, **refused})
+        return replace(self, scores=left, frozen={**self.frozen, **refused})
 
     def goes_with(self, path: str) -> bool:
         """Whether a layer is to go with one around it only: a residual block, or one that changes no more than it."""
@@ -165,6 +175,7 @@ def find_layers(
     exclude: Sequence[str] | None = None,
     *,
     seed: int = 0,
+    trained: Collection[int] = (),
     strict: bool = True,
 ) -> Layers:
     """The layers of a model that may go, and why other modules may not.
@@ -177,6 +188,7 @@ def find_layers(
         include: Globs on module names (None: all).
         exclude: Globs on module names.
         seed: For the criterion that draws random numbers.
+        trained: Ids of the parameters that optimizers hold: copies of what these train follow it.
         strict: Refuse patterns that match nothing, and models with nothing that may go.
 
     Raises:
@@ -186,10 +198,16 @@ def find_layers(
     holders: Counter[int] = Counter()
     for module in model.modules():
         holders.update(id(p) for p in module._parameters.values() if p is not None)
+    networks = {c: o for c, o in copies_of_trained(model, trained).items() if not is_named(c, exclude or ())}
+    copies: dict[str, str] = {}
     found: dict[str, nn.Module] = {}
     frozen: dict[str, str] = {}
     for path, module in model.named_modules():
         if not path or next(module.parameters(), None) is None:
+            continue
+        original = original_of(path, networks)
+        if original is not None:
+            copies[path] = original
             continue
         reason = _reason(model, module, uses.get(path), names, holders)
         if reason is None:
@@ -203,12 +221,17 @@ def find_layers(
         raise PruningError(f"nothing that include and exclude leave over can go{listed(frozen)}")
     frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     params = {path: sum(p.numel() for p in found[path].parameters()) for path in found if path in chosen}
+    costs = {path: float(uses[path].macs if of == "macs" else count) for path, count in params.items()}
+    for copy, path in copies.items():
+        if path in costs:
+            costs[path] += (uses[copy].macs if copy in uses else 0) if of == "macs" else params[path]
     return Layers(
         scores={path: LAYER_CRITERIA[criterion](path, uses[path], seed) for path in params},
         forms={path: Form(uses[path].argument, uses[path].outputs, uses[path].extra) for path in params},
-        costs={path: float(uses[path].macs if of == "macs" else count) for path, count in params.items()},
+        costs=costs,
         residual=frozenset(path for path in params if uses[path].residual),
         frozen=frozen,
+        copies=copies,
     )
 
 
@@ -344,7 +367,9 @@ def drop_chosen(
     optimizers = tuple(optimizers)
 
     def attempt(paths: Collection[str]) -> tuple[Plan, Change]:
-        return drop_layers(model, calls, {path: layers.forms[path] for path in paths}, optimizers)
+        forms = {path: layers.forms[path] for path in paths}
+        following = {copy: forms[path] for copy, path in layers.copies.items() if path in forms}
+        return drop_layers(model, calls, forms | following, optimizers)
 
     plan, refused = settle(choose, attempt)
     layers = layers.without(refused)

@@ -23,7 +23,7 @@ from lightning_prune.graph.callsites import (
     installed_patches,
     remove_patches,
 )
-from lightning_prune.graph.copies import copies_of_trained, tie_copies
+from lightning_prune.graph.copies import copies_of_trained, tie_copies, trained_by
 from lightning_prune.graph.groups import Group, Groups, draw_groups, find_groups
 from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection, plain_encoders, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
@@ -82,8 +82,7 @@ class Choice:
 
     def copies(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, str]:
         """`copies_of_trained`, but those that are excluded."""
-        every = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-        copies = copies_of_trained(model, {id(p) for p in every if p.requires_grad})
+        copies = copies_of_trained(model, trained_by(optimizers))
         excluded = globs("exclude", self.exclude) or ()
         return {copy: other for copy, other in copies.items() if not is_named(copy, excluded)}
 

@@ -11,7 +11,7 @@ from lightning_modules import LIGHTNING_WARNINGS, Task, assert_same, fit, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune import NeuronPruning
+from lightning_prune import KernelShrinking, LayerPruning, NeuronPruning
 
 pytestmark = [*LIGHTNING_WARNINGS]
 
@@ -82,3 +82,43 @@ def test_a_resumed_run_ties_them_again(tmp_path: Any) -> None:
     whole = run()
     resumed = run(ckpt_path=tmp_path / "epoch=1.ckpt")
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+class Blocks(Momentum):
+    """The same with residual blocks of convolutions."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.net = nn.Sequential(nn.Unflatten(1, (1, 6)), *(Block() for _ in range(4)), nn.Flatten())
+        self.slow = copy.deepcopy(self.net).requires_grad_(False)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.conv(x))
+
+
+@pytest.mark.parametrize("of", ["params", "macs"])
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("kind", [KernelShrinking, LayerPruning])
+def test_a_momentum_encoder_keeps_the_structure_of_what_it_follows(kind: Any, where: str, of: str) -> None:
+    module = seeded(lambda: Blocks(where))
+    fit(module, kind(0.25, of=of, report=False), Follow(), max_epochs=3)
+    shapes = [p.shape for p in module.net.parameters()]
+    assert [p.shape for p in module.slow.parameters()] == shapes
+    assert shapes != [p.shape for p in Blocks(where).net.parameters()]
+    whole = sum(p.numel() for p in Blocks(where).parameters())
+    if of == "params":
+        assert sum(p.numel() for p in module.parameters()) <= 0.75 * whole
+
+
+def test_excluded_copies_keep_their_kernels_and_layers() -> None:
+    for kind in (KernelShrinking, LayerPruning):
+        module = seeded(lambda: Blocks("nowhere"))
+        fit(module, kind(0.1, exclude="slow*", report=False), max_epochs=3)
+        assert [p.shape for p in module.slow.parameters()] == [p.shape for p in Blocks("").slow.parameters()]
+        assert [p.shape for p in module.net.parameters()] != [p.shape for p in module.slow.parameters()]
