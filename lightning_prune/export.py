@@ -39,7 +39,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         path: The file; one that exists is replaced.
 
     Raises:
-        PruningError: The model's state dict holds something else than tensors; nothing was written.
+        PruningError: The model's state dict holds something else than tensors, or the file can't be written; nothing was.
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
@@ -71,7 +71,10 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         }
     )
     checksum = _checksum(content, stored)
-    save_file(stored, path, metadata={"lightning_prune": FORMAT, "content": content, "checksum": checksum})
+    try:
+        save_file(stored, path, metadata={"lightning_prune": FORMAT, "content": content, "checksum": checksum})
+    except SafetensorError as error:  # its own kind, for a full disk and a missing folder too
+        raise PruningError(f"can't write {path}: {error}") from error
 
 
 def _numbers(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:

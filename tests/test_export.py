@@ -272,6 +272,14 @@ def fresh_literal() -> nn.Module:
     return build(Literal, seed=5)
 
 
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for path in (tmp_path / "missing" / "a.safetensors", tmp_path / "file" / "a.safetensors", tmp_path):
+        with pytest.raises(PruningError, match="can't write"):
+            save_pruned(nn.Linear(2, 2), path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = saved_literal(path)
