@@ -39,7 +39,7 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         path: The file; one that exists is replaced.
 
     Raises:
-        PruningError: The model's state dict holds something else than tensors, or the file can't be written; nothing was.
+        PruningError: The state dict holds something else than tensors, or the file can't be written; nothing was.
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
