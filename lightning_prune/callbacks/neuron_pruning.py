@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +19,7 @@ from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._recent import RecentCalls
 from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.callbacks._structure import StructureCallback
+from lightning_prune.callbacks._unseen import Unseen
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.copies import tie_copies
@@ -153,10 +155,15 @@ class NeuronPruning(StructureCallback):
         self._seed: int | None = None
         self._recent: RecentCalls | None = None
         self._handles: list[RemovableHandle] = []
+        self._tracer: Tracer | None = None
+        self._tracing: Any = None
+        self._unseen: Unseen | None = None
+        self._parts: list[str] = []
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         super()._start(trainer, pl_module)
         self.groups_, self._masked, self._held = None, None, None
+        self._forget_trace()
         self._judge.forget()
         if isinstance(self._judge, Activation):
             self._judge.sums = dict(self._restored.get("sums", {}))
@@ -173,12 +180,13 @@ class NeuronPruning(StructureCallback):
 
     def _anew(self) -> None:
         self._dense, self._latency_macs, self._curves, self._seed = None, None, None, None
-        self._pruned, self._refused, self._restored = 0.0, [], {}
+        self._pruned, self._refused, self._restored, self._parts = 0.0, [], {}, []
 
     def _outdated(self, plan: Plan, macs: float) -> None:
         if self.groups_ is not None:  # the next batch is traced again
             self._restored = self._of_neurons()
         self.groups_ = None
+        self._forget_trace()
         self._macs *= macs
         if self._recent is not None:
             self._recent.close()
@@ -192,16 +200,25 @@ class NeuronPruning(StructureCallback):
             self._held = HeldMasks(tensors, left)
 
     def _look_again(self, trainer: Any) -> bool:
-        return self.groups_ is None
+        came = self._unseen is not None and self._unseen.came
+        return self.groups_ is None or (self._tracer is not None and (came or self._misses))
+
+    @property
+    def _misses(self) -> bool:
+        """Whether a part that has run earlier has not run since the model was last traced."""
+        return self._unseen is not None and not self._unseen.paths.isdisjoint(self._parts)
 
     def _take(self, trainer: Any, pl_module: Any, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
         tie_copies(trace, self._choice.copies(pl_module, trainer.optimizers))
         groups = draw_groups(trace)
+        if self.groups_ is not None:  # a part has run for the first time; nothing is gone yet
+            self._restored, self._dense = self._of_neurons(), None
         for reasons in self._refused:  # in the order in which they were, since others may have come in their place
             found = {number: reasons[key] for number, key in enumerate(groups.keys) if key in reasons}
             groups = groups.refuse(found) if found else groups
-        _check_ranks(trainer, groups)
+        if self.groups_ is None:
+            _check_ranks(trainer, groups)
         try:
             allowed = self._choice.allowed(pl_module, groups, self._judge)
             macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
@@ -265,16 +282,18 @@ class NeuronPruning(StructureCallback):
         )
 
     def _watch(self, trainer: Any, pl_module: Any) -> Any:
-        if self.groups_ is not None:
+        self._tracing = None
+        if not self._look_again(trainer):
             return super()._watch(trainer, pl_module)
-        self._tracer = Tracer(pl_module, wrapped=trainer.strategy.model is not pl_module)
-        self._tracer_of = trainer
-        return self._tracer.watch() if pl_module.automatic_optimization else self._watch_steps(trainer)
+        self._tracing = trainer
+        if self._tracer is None:
+            self._tracer = Tracer(pl_module, wrapped=trainer.strategy.model is not pl_module)
+        tracer = self._tracer
+        return tracer.watch() if pl_module.automatic_optimization else self._watch_steps(trainer, tracer)
 
     @contextmanager
-    def _watch_steps(self, trainer: Any) -> Iterator[None]:
+    def _watch_steps(self, trainer: Any, tracer: Tracer) -> Iterator[None]:
         """Watch a whole batch of manual optimization, its optimizer steps aside."""
-        tracer = self._tracer
 
         def step(stepping: bool) -> Callable[..., None]:
             return lambda *_: setattr(tracer, "stepping", stepping)
@@ -301,18 +320,38 @@ class NeuronPruning(StructureCallback):
                 handle.remove()
 
     def _watched(self, pl_module: Any) -> tuple[ModuleCall, ...] | None:
-        if self.groups_ is not None:
+        tracer, trainer = self._tracer, self._tracing
+        if tracer is None or trainer is None:
             return super()._watched(pl_module)
-        if not self._tracer.has_read:
+        self._tracing = None
+        if not tracer.has_read:
+            self._tracer = None
             return None
-        trace = self._tracer.trace
-        trainer = self._tracer_of
-        del self._tracer, self._tracer_of
+        trace = tracer.trace
         self._take(trainer, pl_module, trace)
         if self._keep and not self._is_over:
+            earlier = [list(trace.calls)] if self._recent is None else list(self._recent.batches)
+            if self._recent is not None:
+                self._recent.close()
             self._recent = RecentCalls(pl_module, trace.calls, self._keep)
-            self._recent.batches.append(list(trace.calls))
+            self._recent.batches.extend(earlier)
+        if self._unseen is None:
+            self._unseen = Unseen(pl_module, tracer.unread, self._has_come)
+        self._parts = sorted({*self._parts, *self._unseen.know(tracer.unread)})
         return tuple(trace.calls)
+
+    def _forget_trace(self) -> None:
+        if self._unseen is not None:
+            self._unseen.close()
+        self._unseen, self._tracer, self._tracing = None, None, None
+
+    def _has_come(self, path: str) -> None:
+        """A part runs that no watched batch has run: from the next batch on they are watched, until it is known."""
+        if self._tracer is None:
+            rank_zero_warn(
+                f"NeuronPruning: {path!r} runs for the first time, but neurons are gone already: what it reads may "
+                "have another size than it expects. Give example_inputs that run it, start later, or exclude that."
+            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch the optimizers, and what the criterion judges by."""
@@ -366,6 +405,8 @@ class NeuronPruning(StructureCallback):
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         if self.groups_ is None and self._calls is not None:
             return  # no batch has run the model since another callback changed it
+        if self._misses and not _ends(trainer):
+            return
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
         now = self.remove == "progressive" or _ends(trainer)
@@ -375,6 +416,8 @@ class NeuronPruning(StructureCallback):
     def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
         """Choose what goes, and remove it now or only mask it."""
         assert self.groups_ is not None
+        if not self._pruned:  # some may have watched further batches
+            _check_ranks(trainer, self.groups_)
         drawn, whole, masked = self.groups_, self._dense, self._masked
         further, self._pruned = self._part > self._pruned, self._part
         if isinstance(self._judge, Random):
@@ -384,7 +427,7 @@ class NeuronPruning(StructureCallback):
             try:
                 allowed = self._choice.allowed(pl_module, groups, self._judge)
             except PruningError:
-                if groups is drawn:
+                if groups is drawn and not self._refused:
                     raise
                 return torch.ones(groups.neurons, dtype=torch.bool)  # no removal has worked; the run goes on
             if groups is not drawn and whole is not None:  # groups whose removal fails are no part of what can go
@@ -438,6 +481,7 @@ class NeuronPruning(StructureCallback):
         self._masked, self._held = None, None
         if not plan:
             return
+        self._tracer = None
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, self.groups_)
         add_to(pl_module, changes)
@@ -488,6 +532,7 @@ class NeuronPruning(StructureCallback):
 
     def _release(self) -> None:
         super()._release()
+        self._forget_trace()
         for hook in self._handles:
             hook.remove()
         self._handles = []
@@ -508,6 +553,7 @@ class NeuronPruning(StructureCallback):
             "latency_macs": self._latency_macs,
             "curves": None if self._curves is None else dict(self._curves),
             "seed": self._seed,
+            "parts": list(self._parts),
             **self._of_neurons(),
         }
 
@@ -532,6 +578,7 @@ class NeuronPruning(StructureCallback):
         self._latency_macs = state_dict["latency_macs"]
         self._curves = state_dict["curves"]
         self._seed = state_dict["seed"]
+        self._parts = list(state_dict.get("parts", ()))
         self._restored = {key: state_dict[key] for key in ("masked", "sums")}
 
 

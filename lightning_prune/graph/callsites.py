@@ -8,7 +8,7 @@ gives the one module an instance-level ``forward`` that rewrites it, every other
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -469,15 +469,22 @@ class SizeChecker(TorchFunctionMode):
     Attributes:
         stack: The modules of the model that runs.
         expected: The sizes that calls should ask for, by place.
+        free: Places that no removal changes: what the forward asks for there, such as a number of boxes, is right.
         asked: What the forward asked for in each call that it made, by place.
         ranks: How many sizes that was, and of how many dimensions.
         wrong: What to write in calls that asked for something else.
     """
 
-    def __init__(self, stack: ModuleStack, expected: Mapping[CallSite, Mapping[int, int]]) -> None:
+    def __init__(
+        self,
+        stack: ModuleStack,
+        expected: Mapping[CallSite, Mapping[int, int]],
+        free: Collection[tuple[CallSite, int]] = (),
+    ) -> None:
         super().__init__()
         self.stack = stack
         self.expected = expected
+        self.free = free
         self.asked: dict[CallSite, dict[int, Any]] = {}
         self.ranks: dict[CallSite, tuple[int, int]] = {}
         self.wrong: dict[CallSite, dict[int, int]] = {}
@@ -496,6 +503,8 @@ class SizeChecker(TorchFunctionMode):
             expected = self.expected.get(site)
             if expected:
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
+                if not kind.together:
+                    wrong = {at: size for at, size in wrong.items() if (site, at) not in self.free}
                 if kind.together and (wrong or len(given) != len(expected)):
                     wrong = dict(expected)
                 if kind.infers and len(wrong) == 1 and -1 not in given.values():

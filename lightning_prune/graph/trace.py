@@ -200,7 +200,9 @@ class Tracer:
 
     @contextmanager
     def watch(self) -> Iterator[Trace]:
-        """Everything that the model runs inside is followed."""
+        """Everything that the model runs inside is followed; of a further run only what is new in it costs anything."""
+        before = len(self.trace.contractions)
+        known = {each.path for each in self.trace.contractions}
         with ExitStack() as stack:
             stack.enter_context(self._stack.watch())
             stack.enter_context(marked_attributes(self._model, self.trace.numeric))
@@ -208,6 +210,8 @@ class Tracer:
             stack.enter_context(_Dispatch(self))
             yield self.trace
         self.trace.calls = self._stack.outermost
+        if before:
+            self.trace.contractions[before:] = [c for c in self.trace.contractions[before:] if c.path not in known]
 
     @property
     def listening(self) -> bool:

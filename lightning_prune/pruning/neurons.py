@@ -661,7 +661,8 @@ def _patch_sizes(
         sizes.setdefault(site, {}).setdefault(dim, patch.size)
     remove_patches(model)
     stack = ModuleStack(model)
-    checker = SizeChecker(stack, sizes)
+    free = {place for place, extent in groups.sized.items() if extent.fixed and place not in installed}
+    checker = SizeChecker(stack, sizes, free)
     with stack.watch(), checker:
         outputs = run_calls(model, calls)
     places = [(site, dim) for site, dims in sizes.items() for dim in dims]
