@@ -20,6 +20,7 @@ from lightning_prune.pruning.masks import whole
 
 __all__ = [
     "WEIGHT_CRITERIA",
+    "Collected",
     "Criterion",
     "Custom",
     "GradientCriterion",
@@ -31,6 +32,9 @@ __all__ = [
     "in_dim",
     "mix_seed",
 ]
+
+Collected = tuple[dict[str, Tensor], set[str]]
+"""Sums by parameter name, and those of the names that are stale."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -49,6 +53,7 @@ class Criterion:
             model on ones.
         rounds: How many times the whole amount is reached in equal steps, each scored anew.
         sums: What has been collected, by parameter name.
+        stale: Those of them that are from before the last pruning; they judge until there is something new.
     """
 
     needs = "weights"
@@ -58,6 +63,15 @@ class Criterion:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.stale: set[str] = set()
+
+    def add(self, name: str, told: Tensor) -> None:
+        """Collect something more of a weight."""
+        if name in self.sums and name not in self.stale:
+            self.sums[name].add_(told)
+        else:
+            self.sums[name] = told
+            self.stale.discard(name)
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         """Scores of a weight: its shape, any units."""
@@ -65,18 +79,23 @@ class Criterion:
 
     def ready(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a PruningError if something that the scores need has not been collected."""
-        missing = [name for name in weights if name not in self.sums] if self.needs in ("gradients", "inputs") else []
-        if missing:
+        if missing := self.missing(weights):
             what = "gradient" if self.needs == "gradients" else "input"
             raise PruningError(
                 f"criterion {type(self).__name__.lower()!r} needs the {what} of every weight, but {missing[0]!r} has "
                 f"none{_advice(self.needs)}"
             )
 
-    def forget(self) -> None:
-        """A pruning is done: collect anew."""
-        if not self.keeps:
-            self.sums = {}
+    def missing(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """The weights of which nothing has been collected that the scores need."""
+        return [name for name in weights if name not in self.sums] if self.needs in ("gradients", "inputs") else []
+
+    def forget(self, *, last: bool = True) -> None:
+        """A pruning is done: collect anew, unless it was the last one."""
+        if last or self.needs not in ("gradients", "inputs"):
+            self.sums, self.stale = {}, set()
+        elif not self.keeps:
+            self.stale = set(self.sums)
 
 
 def _advice(needs: str) -> str:
@@ -128,13 +147,17 @@ class GradientCriterion(Criterion):
     needs = "gradients"
 
     def collect(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        """Add what one gradient says of a weight."""
+        """Add what one gradient says of a weight.
+
+        One that is zero throughout says nothing new: it is that of a part that this step did not train.
+        """
         with torch.no_grad():
             gradient = gradient.detach()
             gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+            if name in self.stale and not bool(whole((gradient != 0).sum())):
+                return
             wide = torch.promote_types(weight.dtype, torch.float32)
-            told = self.told(weight.detach().to(wide), gradient.to(wide))
-            self.sums[name] = told if name not in self.sums else self.sums[name].add_(told)
+            self.add(name, self.told(weight.detach().to(wide), gradient.to(wide)))
 
     def told(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """What one gradient says."""
@@ -209,6 +232,18 @@ class Wanda(Criterion):
         """|w| · ‖x‖₂."""
         return whole(weight.detach()).abs() * self.sums[name].sqrt()
 
+    @staticmethod
+    def of_all(parts: Sequence[Collected]) -> Collected:
+        """What several processes have collected together; what none has anew is as old on all of them."""
+        sums: dict[str, Tensor] = {}
+        stale: set[str] = set()
+        for name in dict.fromkeys(name for own, _ in parts for name in own):
+            fresh = [own[name] for own, old in parts if name in own and name not in old]
+            if not fresh:
+                stale.add(name)
+            sums[name] = sum(fresh[1:], start=fresh[0]) if fresh else next(own[name] for own, _ in parts if name in own)
+        return sums, stale
+
     def check(self, model: nn.Module, names: Sequence[str]) -> None:
         """Raise a PruningError if one of these is no weight of a linear layer or a convolution."""
         modules = dict(model.named_modules())
@@ -249,8 +284,7 @@ class Wanda(Criterion):
                 if module.training or not training_only:
                     x = args[0] if args else kwargs["input"]
                     with torch.no_grad(), untraced():
-                        told = _squares(module, x.detach())
-                        self.sums[name] = told if name not in self.sums else self.sums[name].add_(told)
+                        self.add(name, _squares(module, x.detach()))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
@@ -258,12 +292,12 @@ class Wanda(Criterion):
 
 def _squares(module: Any, x: Tensor) -> Tensor:
     """Sum of squares of each input, of a shape that broadcasts to the weight's."""
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     if isinstance(module, nn.Linear):
-        sums: Tensor = x.float().square().sum(list(range(x.dim() - 1))) if x.dim() > 1 else x.float().square()
-        return sums.view(1, -1)
+        return (squares.sum(list(range(x.dim() - 1))) if x.dim() > 1 else squares).view(1, -1)
     spatial = len(module.kernel_size)
     channel = x.dim() - spatial - 1
-    sums = x.float().square().sum([dim for dim in range(x.dim()) if dim != channel])
+    sums = squares.sum([dim for dim in range(x.dim()) if dim != channel])
     tail = (1,) * spatial
     if isinstance(module, TRANSPOSED):
         return sums.view(-1, 1, *tail)

@@ -25,6 +25,7 @@ from lightning_prune.pruning.weight_criteria import Criterion, Synflow, collect,
 __all__ = [
     "WEIGHT_SCOPES",
     "Scope",
+    "check_finite",
     "check_pattern",
     "check_scope",
     "choose_masks",
@@ -86,6 +87,21 @@ def _norms_of(model: nn.Module) -> set[int]:
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0] or name
+
+
+@torch.no_grad()
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise a PruningError if a weight holds a NaN or an infinite value, which can't be ranked."""
+    for name, weight in weights.items():
+        values = whole(weight.detach())
+        if bool(values.sum().isfinite()):  # one pass without a copy; a sum may overflow, so that is not the last word
+            continue
+        wrong = int((~values.isfinite()).sum())
+        if wrong:
+            raise PruningError(
+                f"{name!r} holds {wrong} values of {values.numel()} that are NaN or infinite; nothing was pruned. Has "
+                "training diverged? Lower the learning rate or clip gradients, and go on from an earlier checkpoint"
+            )
 
 
 def input_dims(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
@@ -446,8 +462,8 @@ def prune_weights(
         Bool masks by parameter name, True = kept.
 
     Raises:
-        PruningError: Bad arguments, nothing to prune, a weight that doesn't fit the pattern, or a criterion that lacks
-            what it needs; the model is untouched.
+        PruningError: Bad arguments, nothing to prune, a weight that doesn't fit the pattern or is not finite, or a
+            criterion that lacks what it needs; the model is untouched.
 
     Warns:
         NoEffectWarning: Nothing was pruned.
@@ -465,6 +481,7 @@ def prune_weights(
     judge, shape = get_weight_criterion(criterion), get_pattern(pattern)
     weights = prunable_weights(model, globs("include", include), globs("exclude", exclude))
     check_fit(model, weights, amount, scope, shape)
+    check_finite(weights)
     calls = () if example_inputs is None else as_calls(example_inputs)
     collect(judge, model, weights, calls)
     masks = choose_masks(model, weights, judge, amount, scope=scope, pattern=shape, calls=calls)

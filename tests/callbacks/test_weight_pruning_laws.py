@@ -703,3 +703,168 @@ def frozen(kind: Any = Task) -> Any:
 )
 def test_what_cannot_work_is_refused(make: Any, options: dict[str, Any], message: str) -> None:
     assert_refused(make, [weights(**options)], {"max_epochs": 4}, message)
+
+
+# -- parts that take turns -----------------------------------------------------------------------------------------
+
+
+class Turns(EncoderDecoder):
+    """A GAN's way: two optimizers, one of which steps at a time; zeros, or nothing, where the other's gradients were."""
+
+    def __init__(self, to_none: bool = True, both: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization, self.to_none, self.both = False, to_none, both
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.encoder.parameters()), self.optimizer(self.decoder.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        own: Any = self.optimizers()
+        part = (self.encoder, self.decoder)[batch_idx % 2]
+        for optimizer in own:
+            optimizer.zero_grad(set_to_none=self.to_none)
+        loss = F.cross_entropy(self.logits(batch[0]), batch[1])
+        for p, g in zip(part.parameters(), torch.autograd.grad(loss, list(part.parameters())), strict=True):
+            p.grad = g if p.grad is None else p.grad.copy_(g)
+        for number, optimizer in enumerate(own):
+            if self.both or number == batch_idx % 2:
+                optimizer.step()
+
+
+class Branches(EncoderDecoder):
+    """One optimizer; every second batch runs only the decoder."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        number = self.trainer.fit_loop.epoch_loop.batch_idx if self.training else 0
+        return super().logits(x) if number % 2 == 0 else self.decoder(torch.cat([x, x[:, :4]], 1))  # type: ignore[no-any-return]
+
+
+TURNS = {
+    "one steps": Turns,
+    "one steps, zeros": PARTS(Turns, to_none=False),
+    "both step": PARTS(Turns, both=True),
+    "both step, zeros": PARTS(Turns, to_none=False, both=True),
+    "branches": Branches,
+}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "one_shot"])
+@pytest.mark.parametrize("criterion", [*GRADIENTS, "wanda"])
+@pytest.mark.parametrize("make", TURNS)
+def test_parts_that_take_turns_are_judged_by_what_they_did_last(make: str, criterion: str, schedule: str) -> None:
+    """With zeros for scores, all that goes would be of the part that rests."""
+    pruning, seen = weights(0.5, criterion=criterion, every=1, end=1.0, schedule=schedule), list[dict[str, Tensor]]()
+    module = seeded(lambda: TURNS[make](optimizer=PARTS(optim.AdamW, lr=0.01)))
+    judge = pruning._judge
+    ready = judge.ready
+
+    def look(given: Any) -> None:
+        ready(given)
+        seen.append({name: judge.score(name, weight).clone() for name, weight in given.items()})
+
+    judge.ready = look  # type: ignore[method-assign]
+    hold(module, pruning, max_epochs=3)
+    assert len(seen) >= (1 if schedule == "one_shot" else 8)
+    for scores in seen:
+        assert all(bool(score[pruning.masks_[name]].any()) for name, score in scores.items())
+    gone = {name: float((~mask).float().mean()) for name, mask in pruning.masks_.items()}
+    assert max(gone.values()) < 1, gone
+
+
+@pytest.mark.parametrize("make", TURNS)
+def test_rigl_where_parts_take_turns(make: str) -> None:
+    pruning, moves = weights(0.5, regrow="rigl", every=1, end=1.0, schedule="one_shot"), set[str]()
+    before: dict[str, Tensor] = {}
+
+    def look(trainer: Any, module: Any) -> None:
+        moves.update(name for name, mask in pruning.masks_.items() if name in before and (mask & ~before[name]).any())
+        before.update(pruning.masks_)
+
+    hold(seeded(TURNS[make]), Spy(on_train_batch_end=look), pruning, max_epochs=3)
+    assert moves == set(pruning.masks_)
+
+
+class Untrained(EncoderDecoder):
+    """A layer that no step trains."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.cat([x, x[:, :4]], 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("every", [1, 3, "epoch"])
+@pytest.mark.parametrize("criterion", [*GRADIENTS, "wanda"])
+def test_a_layer_that_is_never_trained_is_named(criterion: str, every: Any) -> None:
+    module = seeded(Untrained)
+    with pytest.raises(PruningError, match=f"{criterion}.*'encoder.0.weight' has none.*exclude"):
+        fit(module, weights(0.5, criterion=criterion, every=every))
+    assert all(bool((p != 0).all()) for p in prunable(module).values())
+
+
+# -- hooks that have nothing to do, weights that are no numbers ----------------------------------------------------
+
+
+@pytest.mark.parametrize("every", ["epoch", 3])
+@pytest.mark.parametrize("schedule", ["linear", "one_shot", lambda p: 0.8 * p])
+@pytest.mark.filterwarnings("ignore:.*training ended before the schedule did.*")
+def test_inputs_are_not_watched_longer_than_needed(schedule: Any, every: Any, tmp_path: Path) -> None:
+    watched = dict[int, bool]()
+
+    def look(trainer: Any, module: Any) -> None:
+        watched[trainer.global_step] = any(m._forward_pre_hooks for m in module.modules())
+
+    pruning = weights(0.5, criterion="wanda", schedule=schedule, every=every, end=2)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(seeded(Task), pruning, saver, Spy(on_train_batch_end=look), max_epochs=4)
+    last = 4 if schedule == "one_shot" and every == "epoch" else 3 if schedule == "one_shot" else 8
+    assert watched == {step: step < last for step in range(1, 17)}
+    assert not pruning._judge.sums
+    for epoch in (0, 2):
+        watched.clear()
+        again = weights(0.5, criterion="wanda", schedule=schedule, every=every, end=2)
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        fit(seeded(Task), again, Spy(on_train_batch_end=look), max_epochs=4, ckpt_path=path)
+        assert watched == {step: step < last for step in range(4 * epoch + 5, 17)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("criterion", ["l1", "taylor", "wanda", "synflow", "random"])
+@pytest.mark.parametrize("options", [{}, {"regrow": "set", "schedule": "one_shot"}], ids=str)
+def test_a_diverged_training_is_named_and_nothing_is_pruned(
+    options: dict[str, Any], criterion: str, value: float
+) -> None:
+    pruning, state = weights(0.5, criterion=criterion, end=1.0, **options), dict[str, Any]()
+
+    def diverge(trainer: Any, module: Any) -> None:
+        if trainer.global_step == 8:
+            with torch.no_grad():
+                module.net[2].weight[3, 4] = value
+            state.update(weights=snapshot(module), masks=dict(pruning.masks_))
+
+    module = seeded(Task)
+    trainer = trainer_of(Spy(on_train_batch_end=diverge), pruning, max_epochs=4)
+    with pytest.raises(PruningError, match=r"'net\.2\.weight' holds .* NaN or infinite; nothing was pruned"):
+        trainer.fit(module)
+    assert trainer.global_step == 8
+    assert_same(snapshot(module), state["weights"])
+    assert_same(pruning.masks_, state["masks"])
+    assert left_hooks(trainer, module) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_second_fit_of_a_diverged_model_is_refused(value: float) -> None:
+    module, pruning = seeded(Task), weights(0.5)
+    fit(module, pruning)
+    masks = {name: mask.clone() for name, mask in pruning.masks_.items()}
+    with torch.no_grad():
+        good, at = module.net[2].weight.clone(), int(masks["net.2.weight"].flatten().nonzero()[0])
+        module.net[2].weight.view(-1)[at] = value
+    state = snapshot(module)
+    with pytest.raises(PruningError, match=r"'net\.2\.weight' holds 1 values of 120 that are NaN or infinite"):
+        fit(module, pruning)
+    assert_same(snapshot(module), state)
+    assert_same(pruning.masks_, masks)
+    with torch.no_grad():
+        module.net[2].weight.copy_(good)
+    fit(module, pruning)
+    assert_same(pruning.masks_, masks)
+    assert zeros(prunable(module)) == (116, 232)
