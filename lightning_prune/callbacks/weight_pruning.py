@@ -122,6 +122,7 @@ class WeightPruning(PruningCallback):
         self._gradients: dict[str, Tensor] = {}
         self._keeps_gradients = False
         self._handles: list[RemovableHandle] = []
+        self._watched_optimizers: list[Optimizer] = []
         self._listening: list[RemovableHandle] = []
         self._ranks: list[Collected] = []
         self._restored = False
@@ -216,11 +217,23 @@ class WeightPruning(PruningCallback):
         self._keeps_gradients = not pl_module.automatic_optimization
         if self.rewind_to is not None:
             self._prepare_rewind(trainer, pl_module, self.rewind_to)
-        self._handles = before_steps(trainer.optimizers, self._take_gradients)
-        self._handles += [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+        self._watch_steps(trainer.optimizers)
         if isinstance(self._judge, Wanda) and not self._over:
             self._listening = self._judge.listen(pl_module, list(self._weights(pl_module)), training_only=True)
         self._hold(trainer)
+
+    def _watch_steps(self, optimizers: list[Optimizer]) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = before_steps(optimizers, self._take_gradients)
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        self._watched_optimizers = list(optimizers)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Training may go on with other optimizers than it began with."""
+        if trainer.optimizers != self._watched_optimizers:
+            self._watch_steps(trainer.optimizers)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @property
     def _over(self) -> bool:
@@ -267,7 +280,8 @@ class WeightPruning(PruningCallback):
             return
         self._held.clear(trainer.optimizers)
         for copy in averaged_copies(trainer):  # an average of zeros stays zero
-            apply_masks(dict(copy.named_parameters()), self.masks_)
+            own = dict(copy.named_parameters())  # without what configure_model builds, where it was made before
+            apply_masks(own, {name: mask for name, mask in self.masks_.items() if name in own})
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Clipping by norm comes next: it is to see the gradients of what is kept only."""
@@ -433,7 +447,7 @@ class WeightPruning(PruningCallback):
         self._stop_listening()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._watched_optimizers = [], []
         self._restored = False
         self._held, self._names, self._masked, self._gradients = None, {}, set(), {}
 

@@ -44,7 +44,7 @@ Scope = str | Mapping[str, float]
 def prunable_weights(
     model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """The parameters that weight pruning considers: floating point, of two dimensions or more.
+    """The parameters that weight pruning considers: floating point, of two dimensions or more, not empty.
 
     Biases and the scales of norm layers have one and are left alone: they are few and cost accuracy.
 
@@ -61,7 +61,7 @@ def prunable_weights(
     found = {
         name: parameter
         for name, parameter in parameters.items()
-        if parameter.dim() >= 2 and parameter.is_floating_point() and id(parameter) not in norms
+        if parameter.dim() >= 2 and parameter.numel() and parameter.is_floating_point() and id(parameter) not in norms
     }
     if not found:
         raise PruningError(

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_modules import (
     CLASSES,
+    IMAGE,
     LIGHTNING_WARNINGS,
     SGD,
     EncoderDecoder,
@@ -27,6 +28,7 @@ from lightning_modules import (
     WithForward,
     assert_refused,
     assert_same,
+    conv_net,
     fit,
     left_hooks,
     load_plain,
@@ -164,6 +166,23 @@ def test_zero_stays_zero_under_every_criterion(criterion: Any, options: dict[str
     hold(seeded(lambda: Task(optimizer=PARTS(optim.AdamW, lr=0.01, weight_decay=0.1))), pruning, **options)
 
 
+def test_masks_are_laid_out_like_the_weights() -> None:
+    """Masking a gradient of another layout takes six times as long."""
+    module = seeded(lambda: Task(conv_net().to(memory_format=torch.channels_last), shape=IMAGE))
+    pruning, strides = weights(0.5, end=0.5, exclude="net.7"), list[bool]()
+
+    def look(trainer: Any, pl_module: Any) -> None:
+        if pruning._held is not None:
+            bits = pruning._held._bits
+            assert id(pl_module.net[7].weight) not in bits
+            strides.extend(p.grad.stride() == bits[id(p)].stride() for p in pl_module.parameters() if id(p) in bits)
+
+    count = sum(p.numel() for name, p in prunable(module).items() if "net.7" not in name)
+    hold(module, pruning, Spy(on_before_optimizer_step=look), gone=round(0.5 * count))
+    assert len(strides) >= 12
+    assert all(strides)
+
+
 class Two(TwoOptimizers):
     """Two optimizers in manual optimization, Lightning's wrappers or the plain ones, with closures or without."""
 
@@ -255,6 +274,47 @@ class Perturbed(Task):
         with torch.no_grad():
             torch._foreach_sub_(list(self.parameters()), moves)
         optimizer.step()
+
+
+class Clamped(Task):
+    """Weights are kept away from zero after each batch."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.clamp_(min=0.01)
+
+
+class Hurried(Task):
+    """Goes on with another optimizer in the second epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.strategy.optimizers = [optim.Adam(self.parameters(), lr=0.05, weight_decay=0.1)]
+
+
+@pytest.mark.parametrize("make", [Clamped, Hurried])
+def test_zero_comes_back_after_a_step_whoever_wrote_to_the_weights(make: Any) -> None:
+    pruning, alive = one_shot(0.5, end=0.25), list[int]()
+
+    def step(optimizer: Any, *_: Any) -> None:
+        parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        for name, mask in pruning.masks_.items():
+            weight = parameters[id(dict(module.named_parameters())[name])]
+            state = [v for v in optimizer.state[weight].values() if torch.is_tensor(v) and v.shape == mask.shape]
+            alive.append(sum(int(value[~mask].count_nonzero()) for value in [weight, *state]))
+
+    def listen(trainer: Any, module: Any) -> None:
+        if trainer.optimizers[0] not in watched:  # after the callback's own
+            watched.append(trainer.optimizers[0])
+            trainer.optimizers[0].register_step_post_hook(step)
+
+    watched: list[Any] = []
+    module = seeded(make)
+    fit(module, pruning, Spy(on_train_batch_start=listen), max_epochs=4)
+    assert len(watched) == (2 if make is Hurried else 1)
+    assert len(alive) == 3 * 12
+    assert not any(alive)
 
 
 def prunable_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -464,6 +524,15 @@ def test_a_learning_rate_finder_does_not_make_the_next_fit_a_resumed_one(name: s
     fresh = seeded(Parts, 1)
     fit(fresh, pruning, Spy(on_train_batch_start=lambda *_: start.append(zeros(prunable(fresh))[0])))
     assert start[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides.*")
+@pytest.mark.parametrize("name", ["swa", "ema"])
+def test_averages_that_lack_the_late_layers(name: str) -> None:
+    """Lightning copies the module before `configure_model`."""
+    if name not in AROUND:
+        pytest.skip("newer lightning")
+    hold(seeded(LateLayers), weights(0.5), AROUND[name](), max_epochs=4)
 
 
 class Wrapped(nn.Module):

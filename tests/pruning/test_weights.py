@@ -129,6 +129,20 @@ def test_a_diverged_network_is_refused(criterion: Any, value: float, dtype: torc
     assert int((~masks["0.weight"]).sum()) == 10
 
 
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp", {"*": 0.5}])
+@pytest.mark.parametrize("criterion", ["l1", "random", "synflow"])
+def test_a_weight_without_elements_is_none(criterion: str, scope: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    model.register_parameter("nothing", nn.Parameter(torch.empty(0, 5)))
+    masks = prune_weights(model, 0.5, criterion=criterion, scope=scope, example_inputs=torch.ones(1, 4))
+    assert set(masks) == {"0.weight", "1.weight"}
+    assert sum(int((~m).sum()) for m in masks.values()) == 24
+    alone = nn.Module()
+    alone.register_parameter("nothing", nn.Parameter(torch.empty(0, 5)))
+    with pytest.raises(PruningError, match="no weights to prune"):
+        prune_weights(alone, 0.5)
+
+
 def test_a_sum_that_overflows_is_no_divergence() -> None:
     layer = nn.Linear(50, 40).half()
     with torch.no_grad():
