@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from lightning_prune import PruningError, prune_weights
 from lightning_prune.graph.run import as_calls
 from lightning_prune.pruning.weight_criteria import L1, WEIGHT_CRITERIA, Synflow, Wanda, collect, get_weight_criterion
-from lightning_prune.pruning.weights import choose_masks, prunable_weights, select_weights
+from lightning_prune.pruning.weight_selection import select_weights
+from lightning_prune.pruning.weights import choose_masks, prunable_weights
 
 Masks = dict[str, Tensor]
 

@@ -13,9 +13,9 @@ from networks import Net, Snapshot, build, resnet, shared_block
 from torch import Tensor, nn
 
 from lightning_prune import NoEffectWarning, PruningError, prune_weights
-from lightning_prune.pruning import weights as module
+from lightning_prune.pruning import weight_selection as module
 from lightning_prune.pruning.masks import apply_masks, mask_optimizer
-from lightning_prune.pruning.weights import select_weights
+from lightning_prune.pruning.weight_selection import select_weights
 
 Masks = dict[str, Tensor]
 
