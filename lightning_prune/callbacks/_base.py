@@ -188,6 +188,9 @@ class PruningCallback(Callback):
         """A callback has removed something: follow the new shapes."""
         self._cost = None
 
+    def _check_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose state of this callback doesn't fit its weights, before anything is loaded."""
+
     def _plan(self) -> Plan:
         """What has been removed so far."""
         return Plan({}, {})

@@ -176,8 +176,11 @@ class WeightPruning(PruningCallback):
     def _take_up(self, trainer: Any, pl_module: Any, weights: dict[str, torch.nn.Parameter]) -> None:
         """Go on with the masks of a checkpoint or of an earlier fit, or start anew."""
         fits = self._fit_masks(weights)
-        if self._restored and not fits:
-            raise ConfigurationError("WeightPruning: the checkpoint's masks are not those of this model's weights")
+        collected = [self._judge.sums, *(sums for sums, _ in self._ranks)]
+        fits_sums = all(_broadcasts(each, weights.get(name)) for sums in collected for name, each in sums.items())
+        if self._restored and not (fits and fits_sums):
+            what = "what its criterion has collected is" if fits else "masks are"
+            raise ConfigurationError(f"WeightPruning: the checkpoint's {what} not of this model's weights")
         if not fits:
             self.masks_ = {}  # masks of another model: this fit starts anew
             self.amount_ = self._part = self._pruned = 0.0
@@ -460,6 +463,7 @@ class WeightPruning(PruningCallback):
             "masks": {name: mask.cpu() for name, mask in self.masks_.items()},
             "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},
             "stale": sorted(self._judge.stale),
+            "criterion": self._criterion_name,
             "seed": self._seed,
             "rewind": None if self._rewind is None else self._rewind.to_dict(),
             "timeline": self._timeline_state(),
@@ -469,20 +473,49 @@ class WeightPruning(PruningCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the masks of a checkpoint."""
-        self.amount_ = state_dict["amount"]
-        self._part = state_dict["part"]
-        self._pruned = state_dict["pruned"]
-        self.masks_ = dict(state_dict["masks"])
-        self._judge.sums, self._judge.stale = dict(state_dict["sums"]), set(state_dict.get("stale", ()))
-        self._ranks = [(dict(part["sums"]), set(part["stale"])) for part in state_dict.get("ranks", ())]
-        self._seed = state_dict["seed"]
-        self._rewind = None if state_dict["rewind"] is None else Rewind.from_dict(state_dict["rewind"])
-        self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
-        self._before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
-        self._thresholds = dict(state_dict.get("thresholds", {}))
-        self._lost = state_dict["lost"]
-        self._restored = True
+        """Take up the masks of a checkpoint.
+
+        Raises:
+            PruningError: It is no state of this callback; nothing has changed.
+        """
+        try:
+            masks = dict(state_dict["masks"])
+            wrong = [name for name, mask in masks.items() if not (torch.is_tensor(mask) and mask.dtype is torch.bool)]
+            if wrong:
+                raise TypeError(f"the mask of {wrong[0]!r} is no tensor of bools")
+            amount, part, pruned = (float(state_dict[key]) for key in ("amount", "part", "pruned"))
+            if not all(0 <= value <= 1 for value in (amount, part, pruned)):
+                raise ValueError(f"amount={amount:g}, part={part:g}, pruned={pruned:g} are no fractions")
+            sums, stale = dict(state_dict["sums"]), set(state_dict.get("stale", ()))
+            ranks = [(dict(each["sums"]), set(each["stale"])) for each in state_dict.get("ranks", ())]
+            if state_dict.get("criterion", self._criterion_name) != self._criterion_name:
+                sums, stale, ranks = {}, set(), []  # another criterion has collected something else
+            seed, lost, rewind = state_dict["seed"], bool(state_dict["lost"]), state_dict["rewind"]
+            rewind = None if rewind is None else Rewind.from_dict(rewind)
+            timeline = [Moment(**moment) for moment in state_dict.get("timeline", ())]
+            before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
+            thresholds = dict(state_dict.get("thresholds", {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PruningError(
+                f"the checkpoint's state of WeightPruning is damaged: {type(error).__name__}: {error}"
+            ) from error
+        self.amount_, self._part, self._pruned, self.masks_ = amount, part, pruned, masks
+        self._judge.sums, self._judge.stale, self._ranks = sums, stale, ranks
+        self._seed, self._lost, self._rewind, self._restored = seed, lost, rewind, True
+        self.timeline_, self._before, self._thresholds = timeline, before, thresholds
+
+    @property
+    def _criterion_name(self) -> str:
+        return self.criterion if isinstance(self.criterion, str) else "function"
+
+    def _check_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        for name, mask in dict(state.get("masks") or {}).items():
+            had, shape = getattr(tensors.get(name), "shape", None), getattr(mask, "shape", None)
+            if had is not None and had != shape:
+                raise ConfigurationError(
+                    f"WeightPruning: the checkpoint's masks are not those of its weights: {name!r} has shape "
+                    f"{tuple(had)}, its mask {shape and tuple(shape)}"
+                )
 
 
 def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -493,6 +526,13 @@ def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         return take(tensor, {dim: index for dim, index in dims.items() if tensor.size(dim) == plan.shapes[name][dim]})
 
     return {name: taken(name, each) for name, each in tensors.items() if not inside(name, plan.removed)}
+
+
+def _broadcasts(collected: Any, weight: Tensor | None) -> bool:
+    """Whether what was collected can be that of a weight: of its shape, or with dimensions of one."""
+    if weight is None or not isinstance(collected, Tensor) or collected.dim() != weight.dim():
+        return False
+    return all(size in (1, full) for size, full in zip(collected.shape, weight.shape, strict=True))
 
 
 def _check_regrow(regrow: Any, fraction: Any, pattern: str | None) -> None:

@@ -389,6 +389,64 @@ def test_masks_that_do_not_fit_are_refused(change: Any, tmp_path: Path) -> None:
         fit(module, weights(0.5), ckpt_path=path, max_epochs=4)
 
 
+@pytest.mark.parametrize("what", ["fit", "validate", "test", "predict"])
+def test_masks_of_another_shape_are_refused_before_anything_is_loaded(what: str, tmp_path: Path) -> None:
+    path = damaged(tmp_path, lambda masks: masks.update({"net.0.weight": masks["net.0.weight"][:3]}))
+    module, pruning = seeded(Task, 1), weights(0.5)
+    before = snapshot(module)
+    with pytest.raises(PruningError, match=r"'net\.0\.weight' has shape \(12, 6\), its mask \(3, 6\)"):
+        getattr(trainer_of(pruning, max_epochs=4), what)(module, ckpt_path=path)
+    assert_same(snapshot(module), before)
+    assert pruning.masks_ == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["masks"].update({n: m.float() for n, m in state["masks"].items()}), "no tensor of bools"),
+        (lambda state: state["masks"].update({n: m.tolist() for n, m in state["masks"].items()}), "masks|bools"),
+        (lambda state: state.update(masks=None), "damaged: TypeError"),
+        (lambda state: state.pop("seed"), "damaged: KeyError: 'seed'"),
+        (lambda state: state.update(part="half"), "damaged: ValueError"),
+        (lambda state: state.update(amount=7.0), "amount=7, part=1, pruned=1 are no fractions"),
+        (lambda state: state.update(rewind=3), "damaged: TypeError"),
+        (lambda state: state.update(sums={"net.0.weight": torch.ones(2, 2)}), "criterion has collected is not of this"),
+        (lambda state: state.update(sums={"other": torch.ones(2, 2)}), "criterion has collected is not of this"),
+    ],
+)
+def test_a_state_that_is_none_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    saver, pruning = ModelCheckpoint(tmp_path, save_last=True), weights(0.5)
+    fit(seeded(Task), weights(0.5, end=0.5), saver, max_epochs=2)
+    checkpoint = torch.load(saver.last_model_path)
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("WeightPruning"))
+    change(checkpoint["callbacks"][key])
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    module = seeded(Task, 1)
+    with pytest.raises(PruningError, match=message):
+        fit(module, pruning, ckpt_path=tmp_path / "damaged.ckpt", max_epochs=4)
+    fit(seeded(Task, 1), weights(0.5))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement", "wanda", "l1", torch.abs])
+def test_what_another_criterion_has_collected_is_left_alone(criterion: Any, tmp_path: Path) -> None:
+    """The gradients' sums of one would be read as the inputs' of another."""
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    late: dict[str, Any] = {"start": 2, "end": 4}
+    fit(seeded(Task), weights(0.5, criterion="snip", **late), saver, max_epochs=4)
+    found = []
+    for change in (False, True):
+        checkpoint = torch.load(tmp_path / "epoch=1.ckpt")
+        (state,) = (s for key, s in checkpoint["callbacks"].items() if key.startswith("WeightPruning"))
+        assert state["sums"]
+        if change:
+            state["sums"] = {}
+        torch.save(checkpoint, tmp_path / "given.ckpt")
+        module = seeded(Task, 1)
+        fit(module, weights(0.5, criterion=criterion, **late), ckpt_path=tmp_path / "given.ckpt", max_epochs=4)
+        found.append(snapshot(module))
+    assert_same(*found)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path, module = damaged(tmp_path, lambda masks: None), seeded(lambda: Task(net(), shape=(8,)))
     before, pruning = snapshot(module), weights(0.5)
