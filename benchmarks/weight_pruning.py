@@ -5,7 +5,8 @@
     python benchmarks/weight_pruning.py select     # one global selection of 50 %: prune_weights, torch's, and memory
     python benchmarks/weight_pruning.py files      # size of a sparse file
 
-Both sides of each ratio are measured in one run, in turns. Times are of one thread.
+All sides of a ratio are measured in one run, in turns of a few steps each, so that what else the machine does meets all
+of them alike. Times are of one thread; a ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -33,17 +35,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import WeightPruning, prune_weights, save_pruned
 
-ROUNDS = 5
-STEPS = {"resnet18": 6, "cifar": 3, "mlp": 300}
+TURNS = {"resnet18": (40, 4), "cifar": (15, 3), "mlp": (60, 60)}
+"""How many turns each side has, and of how many steps; the first step of a turn doesn't count."""
 SIZES = {"25 M": 25, "100 M": 100}
 
 
 class Task(LightningModule):
     """A classifier of random images."""
 
-    def __init__(self, net: nn.Module, shape: tuple[int, ...], batch: int, steps: int) -> None:
+    def __init__(self, net: nn.Module, shape: tuple[int, ...], batch: int, turns: tuple[int, int]) -> None:
         super().__init__()
-        self.net, self.shape, self.batch, self.steps = net, shape, batch, steps
+        self.net, self.shape, self.batch, self.turns = net, shape, batch, turns
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross entropy."""
@@ -55,45 +57,75 @@ class Task(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
     def train_dataloader(self) -> Any:
-        """Two epochs of these: the first prunes, the second is timed."""
-        count = self.batch * self.steps
-        return DataLoader(TensorDataset(torch.randn(count, *self.shape), torch.randint(10, (count,))), self.batch)
+        """A short epoch that prunes, and a long one that is timed."""
+        turns, steps = self.turns
+        data = TensorDataset(torch.randn(2 * self.batch, *self.shape), torch.randint(10, (2 * self.batch,)))
+        count = 2 if self.trainer.current_epoch == 0 else turns * steps + 1
+        sampler = [i % len(data) for i in range(count * self.batch)]
+        return DataLoader(data, self.batch, sampler=sampler)
+
+
+class Turns:
+    """Lets several trainings take turns: only one of them runs at a time."""
+
+    def __init__(self, sides: int) -> None:
+        self.sides, self.now, self.left = sides, 0, set[int]()
+        self.changed = threading.Condition()
+
+    def wait(self, side: int) -> None:
+        """Until it is this side's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.now == side)
+
+    def over(self, side: int, *, last: bool = False) -> None:
+        """It is another one's turn."""
+        with self.changed:
+            if last:
+                self.left.add(side)
+            others = [(side + i) % self.sides for i in range(1, self.sides + 1)]
+            self.now = next((other for other in others if other not in self.left), -1)
+            self.changed.notify_all()
 
 
 class Stopwatch(Callback):
     """Times the batches of the second epoch, from start to start, so that all that happens between counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Turns, side: int, steps: int) -> None:
+        self.turns, self.side, self.steps = turns, side, steps
         self.starts: list[float] = []
+        self.medians: list[float] = []
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        """A batch begins."""
-        if trainer.current_epoch == 1:
-            self.starts.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> list[float]:
-        """Time of each step."""
-        return [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A batch begins; the first of a turn waits for the others' turns."""
+        if trainer.current_epoch == 0:
+            return
+        self.starts.append(time.perf_counter())
+        if batch_idx % self.steps == 0:
+            if batch_idx:
+                seconds = [b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False)]
+                self.medians.append(statistics.median(seconds))
+                self.turns.over(self.side)
+                self.turns.wait(self.side)
+            self.starts = [time.perf_counter()]
 
 
 def mlp() -> Task:
     """784-300-100-10, batches of 64."""
     layers = [nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)]
-    return Task(nn.Sequential(*layers), (784,), 64, STEPS["mlp"])
+    return Task(nn.Sequential(*layers), (784,), 64, TURNS["mlp"])
 
 
 def resnet18() -> Task:
     """torchvision's, on 32x32, batches of 64."""
     from torchvision.models import resnet18
 
-    return Task(resnet18(weights=None, num_classes=10), (3, 32, 32), 64, STEPS["resnet18"])
+    return Task(resnet18(weights=None, num_classes=10), (3, 32, 32), 64, TURNS["resnet18"])
 
 
 def cifar() -> Task:
     """ResNet-18 as it is used on 32x32: a first convolution of 3x3, and no pooling behind it."""
     task = resnet18()
-    task.net.conv1, task.net.maxpool, task.steps = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), STEPS["cifar"]
+    task.net.conv1, task.net.maxpool, task.turns = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), TURNS["cifar"]
     return task
 
 
@@ -110,31 +142,50 @@ def lightnings() -> list[Callback]:
     return [once]
 
 
-def time_steps(make: Callable[[], Task], callbacks: Callable[[], list[Callback]]) -> list[float]:
-    """Seconds per training step, after the pruning."""
-    watch = Stopwatch()
+def time_steps(make: Callable[[], Task], sides: list[Callable[[], list[Callback]]]) -> list[list[float]]:
+    """Seconds per training step after the pruning: for each side the median of each turn."""
+    turns, tasks = Turns(len(sides)), [make() for _ in sides]
+    watches = [Stopwatch(turns, side, task.turns[1]) for side, task in enumerate(tasks)]
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        max_epochs=2, accelerator="cpu", callbacks=[*callbacks(), watch], enable_model_summary=False, **quiet
-    )
-    torch.manual_seed(0)
-    trainer.fit(make())
-    return watch.seconds
+    failed: list[BaseException] = []
+
+    def train(side: int) -> None:
+        torch.set_num_threads(1)  # each thread has a number of its own
+        turns.wait(side)
+        try:
+            callbacks = [*sides[side](), watches[side]]
+            trainer = Trainer(
+                max_epochs=2,
+                accelerator="cpu",
+                callbacks=callbacks,
+                enable_model_summary=False,
+                reload_dataloaders_every_n_epochs=1,
+                **quiet,
+            )
+            trainer.fit(tasks[side])
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            turns.over(side, last=True)
+
+    threads = [threading.Thread(target=train, args=(side,)) for side in range(len(sides))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return [watch.medians for watch in watches]
 
 
 def steps() -> list[tuple[str, ...]]:
-    """Rows of step times; each side runs in turn, ROUNDS times."""
+    """Rows of step times."""
     rows = []
-    sides: dict[str, Callable[[], list[Callback]]] = {"none": list, "ours": ours, "ModelPruning": lightnings}
     networks = {"resnet18 32x32": resnet18, "resnet18 32x32, CIFAR's stem": cifar, "mlp 784-300-100-10": mlp}
     for name, make in networks.items():
-        medians: dict[str, list[float]] = {side: [] for side in sides}
-        for _ in range(ROUNDS):
-            for side, callbacks in sides.items():
-                medians[side].append(statistics.median(time_steps(make, callbacks)))
-        best = {side: min(each) for side, each in medians.items()}
-        ratios = (f"{best[side] / best['none'] - 1:+.1%}" for side in ("ours", "ModelPruning"))
-        rows.append((name, f"{best['none'] * 1e3:.2f} ms", *ratios))
+        none, *others = time_steps(make, [list, lambda: [Callback()], ours, lightnings])
+        ratios = [statistics.median(b / a - 1 for a, b in zip(none, other, strict=True)) for other in others]
+        rows.append((name, f"{statistics.median(none) * 1e3:.2f} ms", *(f"{ratio:+.1%}" for ratio in ratios)))
     return rows
 
 
@@ -200,7 +251,7 @@ def files() -> list[tuple[str, ...]]:
 
 
 TABLES: dict[str, tuple[Callable[[], list[tuple[str, ...]]], tuple[str, ...]]] = {
-    "steps": (steps, ("training step", "without", "ours", "ModelPruning")),
+    "steps": (steps, ("training step", "without", "an empty callback", "ours", "ModelPruning")),
     "select": (select, ("weights", "ours", "torch", "ratio", "copies of the weights: ours", "torch")),
     "files": (files, ("zeros", "dense file", "sparse file", "ratio")),
 }

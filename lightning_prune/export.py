@@ -18,6 +18,7 @@ from lightning_prune.activations.apply import Change, apply_changes, present_act
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
 from lightning_prune.graph.run import named_tensors
+from lightning_prune.pruning.masks import INTEGERS
 from lightning_prune.pruning.passing import Form, inside, passes, passing_layers, remove_modules
 from lightning_prune.pruning.surgery import Numbers, fit_shapes, fits
 
@@ -109,14 +110,16 @@ def _checksum(content: str, stored: Mapping[str, Tensor]) -> str:
 def _encode(name: str, tensor: Tensor, stored: dict[str, Tensor]) -> None:
     """Store a tensor as it is, or as bits and non-zero values where that is smaller. Bit-exact: -0.0 is kept."""
     flat = tensor.flatten()
-    nonzero = (flat != 0) | torch.signbit(flat) if flat.is_floating_point() else flat != 0
-    compact = int(nonzero.sum()) * tensor.element_size() + (flat.numel() + 7) // 8
-    if not tensor.is_floating_point() or compact >= flat.numel() * tensor.element_size():
+    if not tensor.is_floating_point() or tensor.element_size() not in INTEGERS:
         stored[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        return
+    nonzero = flat.view(INTEGERS[tensor.element_size()]) != 0
+    if int(nonzero.sum()) * tensor.element_size() + (flat.numel() + 7) // 8 >= flat.numel() * tensor.element_size():
+        stored[name] = tensor.clone()
         return
     padded = torch.nn.functional.pad(nonzero, (0, -flat.numel() % 8)).view(-1, 8)
     stored[name + _MASK] = (padded * (1 << torch.arange(8))).sum(1).to(torch.uint8)
-    stored[name + _VALUES] = flat[nonzero]
+    stored[name + _VALUES] = flat.view(INTEGERS[tensor.element_size()])[nonzero].view(tensor.dtype)
 
 
 def _decode(name: str, shape: list[int], stored: Mapping[str, Tensor]) -> Tensor:
@@ -125,9 +128,10 @@ def _decode(name: str, shape: list[int], stored: Mapping[str, Tensor]) -> Tensor
     bits, values = stored[name + _MASK], stored[name + _VALUES]
     numel = int(torch.Size(shape).numel())
     nonzero = (bits.unsqueeze(1) & (1 << torch.arange(8)).to(torch.uint8)).ne(0).flatten()[:numel]
-    tensor = torch.zeros(numel, dtype=values.dtype)
-    tensor[nonzero] = values
-    return tensor.view(shape)
+    bytes_ = INTEGERS[values.element_size()]
+    tensor = torch.zeros(numel, dtype=bytes_)
+    tensor[nonzero] = values.view(bytes_)
+    return tensor.view(values.dtype).view(shape)
 
 
 def load_pruned(path: str | PathLike[str], model: nn.Module) -> nn.Module:

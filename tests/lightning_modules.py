@@ -35,6 +35,26 @@ LIGHTNING_WARNINGS = [
 ]
 """What Lightning says of tiny runs; the tests' own warnings stay errors."""
 
+LAW_WARNINGS = [
+    *LIGHTNING_WARNINGS,
+    *(
+        pytest.mark.filterwarnings(f"ignore:{message}")
+        for message in (
+            "Swapping scheduler.*",
+            ".*lr_scheduler.step.*before.*optimizer.step.*",
+            ".*resuming from a checkpoint that ended before the epoch.*",
+            ".*mid-epoch.*",
+            "The `lr_find` call.*",
+            "Using ModelCheckpoint with manual optimization and every_n_train_steps.*",
+            ".*no `optimizer` and.*",
+            "Sparse invariant checks are implicitly disabled.*",
+            ".*torch._dynamo.*",
+            "The .grad attribute of a Tensor that is not a leaf.*",  # dynamo's, where a module has hooks
+        )
+    ),
+]
+"""And what it and torch say of resuming, averaging, compiling and other things that the laws are tested with."""
+
 CLASSES = 4
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.05)

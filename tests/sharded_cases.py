@@ -21,16 +21,21 @@ CASES: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor", "scope": "layer"},
     "movement": {"criterion": "movement"},
     "wanda": {"criterion": "wanda", "scope": "lamp"},
+    "wanda late": {"criterion": "wanda", "start": 2, "end": 4},  # a checkpoint has sums that wait for a pruning
+    "wanda often": {"criterion": "wanda", "every": 1},
+    "taylor often": {"criterion": "taylor", "every": 1},
     "synflow": {"criterion": "synflow"},
     "rigl": {"regrow": "rigl", "schedule": "one_shot", "scope": "erk"},
     "set": {"regrow": "set", "schedule": "one_shot"},
     "rewind": {"rewind_to": 1, "start": 1},
     "pattern": {"pattern": "2:4", "exclude": "net.0"},
 }
+RESUMED = ("taylor", "movement", "rewind", "wanda late", "wanda often", "taylor often")
 
 
 def data() -> TensorDataset:
     x = torch.randn(64, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[::2, :5] *= 4  # what one process sees differs from what the other does
     return TensorDataset(x, x[:, :3].argmax(1))
 
 
@@ -99,7 +104,7 @@ def main(kind: str, folder: Path) -> None:
         return {"masks": callback.masks_, "weights": weights, "state": state}
 
     results: dict[str, Any] = {name: fit(options) for name, options in CASES.items()}
-    for name in ("taylor", "movement", "rewind"):
+    for name in RESUMED:
         whole_run = fit(CASES[name], folder / kind / name)
         resumed = fit(CASES[name], folder / kind / f"{name}-resumed", folder / kind / name / "epoch=1.ckpt")
         results[f"{name} resumed"] = (whole_run, resumed)

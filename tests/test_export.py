@@ -149,6 +149,19 @@ def test_any_floats_come_back(
     assert_same_state(fresh, model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_floats_of_one_byte_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.randn(40, 50) * (torch.rand(40, 50) < 0.1)
+    model, fresh = Holder({"x": values.to(dtype)}), Holder({"x": torch.ones(40, 50).to(dtype)})
+    save_pruned(model, tmp_path / "file")
+    load_pruned(tmp_path / "file", fresh)
+    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    for name, tensor in model.state_dict().items():
+        assert fresh.state_dict()[name].dtype == dtype
+        assert torch.equal(fresh.state_dict()[name].view(bits), tensor.view(bits))
+    assert len(load_file(tmp_path / "file")) == 4  # a mask and values of each
+
+
 def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = build(resnet)
     prune_weights(model, 0.9)

@@ -188,6 +188,9 @@ class PruningCallback(Callback):
         """A callback has removed something: follow the new shapes."""
         self._cost = None
 
+    def _check_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose state of this callback doesn't fit its weights, before anything is loaded."""
+
     def _plan(self) -> Plan:
         """What has been removed so far."""
         return Plan({}, {})
@@ -300,16 +303,15 @@ class PruningCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
-        for callback in pruning_callbacks(trainer):  # before any of them changes what they have seen
+        ours = pruning_callbacks(trainer)
+        for callback in ours:  # before any of them changes what they have seen
             callback._end_watch(trainer, pl_module)
         ends = self._prune_if_due(trainer, pl_module, batch_idx)
         self._settle(trainer, pl_module)
-        if self._speaks(trainer):
-            advanced = any(callback._advanced for callback in pruning_callbacks(trainer))
-            if ends or advanced:
-                moment = self._moment(trainer, pl_module, batch_idx)
-                self._remember(moment)
-                self._log(trainer, pl_module, moment, epoch=ends)
+        if ours[-1] is self and (ends or any(callback._advanced for callback in ours)):
+            moment = self._moment(trainer, pl_module, batch_idx)
+            self._remember(moment)
+            self._log(trainer, pl_module, moment, epoch=ends)
 
     def _prune_if_due(self, trainer: Any, pl_module: Any, batch_idx: int) -> bool:
         """Prune if it is time to; whether the epoch or the training ends here."""

@@ -18,7 +18,13 @@ def check_files(trainer: Any) -> None:
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         check_whole(checkpoint_path)
-        return read(checkpoint_path, *args, **kwargs)
+        checkpoint = read(checkpoint_path, *args, **kwargs)
+        states, tensors = (checkpoint.get(key) for key in ("callbacks", "state_dict"))
+        for callback in trainer.callbacks if isinstance(states, dict) and isinstance(tensors, dict) else ():
+            check, state = getattr(callback, "_check_checkpoint", None), states.get(callback.state_key)
+            if check is not None and isinstance(state, dict):
+                check(state, tensors)
+        return checkpoint
 
     strategy.load_checkpoint = load_checkpoint
 

@@ -22,8 +22,16 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.regrow import REGROW, moved, share
 from lightning_prune.pruning.select import check_choice, globs
 from lightning_prune.pruning.surgery import take
-from lightning_prune.pruning.weight_criteria import L1, GradientCriterion, Random, Wanda, get_weight_criterion, mix_seed
-from lightning_prune.pruning.weights import check_fit, check_scope, choose_masks, prunable_weights
+from lightning_prune.pruning.weight_criteria import (
+    L1,
+    Collected,
+    GradientCriterion,
+    Random,
+    Wanda,
+    get_weight_criterion,
+    mix_seed,
+)
+from lightning_prune.pruning.weights import check_finite, check_fit, check_scope, choose_masks, prunable_weights
 from lightning_prune.report.layers import magnitudes, threshold_of
 from lightning_prune.report.report import Moment
 
@@ -114,6 +122,9 @@ class WeightPruning(PruningCallback):
         self._gradients: dict[str, Tensor] = {}
         self._keeps_gradients = False
         self._handles: list[RemovableHandle] = []
+        self._watched_optimizers: list[Optimizer] = []
+        self._listening: list[RemovableHandle] = []
+        self._ranks: list[Collected] = []
         self._restored = False
         self._seed: int | None = None
         self._pruned = 0.0
@@ -135,6 +146,7 @@ class WeightPruning(PruningCallback):
         try:
             weights = self._weights(pl_module)
             if weights:
+                self._check_masked(weights)
                 check_fit(pl_module, weights, self.amount, self.scope, get_pattern(self.pattern))
             if isinstance(self._judge, Wanda):
                 self._judge.check(pl_module, list(weights))
@@ -153,20 +165,32 @@ class WeightPruning(PruningCallback):
                     raise ConfigurationError(
                         f"two WeightPruning callbacks prune {common[0]!r}; keep them apart with include and exclude"
                     )
-        self._take_up(pl_module, weights)
+        self._take_up(trainer, pl_module, weights)
 
-    def _take_up(self, pl_module: Any, weights: dict[str, torch.nn.Parameter]) -> None:
+    def _check_masked(self, weights: dict[str, torch.nn.Parameter]) -> None:
+        """In a second fit, weights that are not finite are no reason to think that the masks are another model's."""
+        masks = self.masks_
+        if not self._restored and {n: m.shape for n, m in masks.items()} == {n: w.shape for n, w in weights.items()}:
+            check_finite(weights)
+
+    def _take_up(self, trainer: Any, pl_module: Any, weights: dict[str, torch.nn.Parameter]) -> None:
         """Go on with the masks of a checkpoint or of an earlier fit, or start anew."""
         fits = self._fit_masks(weights)
-        if self._restored and not fits:
-            raise ConfigurationError("WeightPruning: the checkpoint's masks are not those of this model's weights")
+        collected = [self._judge.sums, *(sums for sums, _ in self._ranks)]
+        fits_sums = all(_broadcasts(each, weights.get(name)) for sums in collected for name, each in sums.items())
+        if self._restored and not (fits and fits_sums):
+            what = "what its criterion has collected is" if fits else "masks are"
+            raise ConfigurationError(f"WeightPruning: the checkpoint's {what} not of this model's weights")
         if not fits:
             self.masks_ = {}  # masks of another model: this fit starts anew
             self.amount_ = self._part = self._pruned = 0.0
             self._restored = False
         if not self._restored:
-            self._judge.sums, self._rewind, self._seed = {}, None, None
+            self._judge.forget()
+            self._rewind, self._seed, self._ranks = None, None, []
             self._before, self._thresholds = {}, {}
+        if self._restored and isinstance(self._judge, Wanda):
+            self._share_out(trainer.global_rank, trainer.world_size)
         self._restored = False
         self._bind(pl_module)
 
@@ -187,18 +211,37 @@ class WeightPruning(PruningCallback):
         """Watch the optimizers; a resumed run continues with its masks in place."""
         super().on_train_start(trainer, pl_module)
         if self._restored:  # a strategy that shards restores everything only now
-            self._take_up(pl_module, self._weights(pl_module))
+            self._take_up(trainer, pl_module, self._weights(pl_module))
+        assert self._clock is not None
+        self._progress = self._clock.progress(trainer.current_epoch, trainer.global_step)
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed() % (1 << 62))
         # Manual optimization may clear them before the pruning.
         self._keeps_gradients = not pl_module.automatic_optimization
         if self.rewind_to is not None:
             self._prepare_rewind(trainer, pl_module, self.rewind_to)
-        self._handles = before_steps(trainer.optimizers, self._take_gradients)
-        self._handles += [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
-        if isinstance(self._judge, Wanda):
-            self._handles += self._judge.listen(pl_module, list(self._weights(pl_module)), training_only=True)
+        self._watch_steps(trainer.optimizers)
+        if isinstance(self._judge, Wanda) and not self._over:
+            self._listening = self._judge.listen(pl_module, list(self._weights(pl_module)), training_only=True)
         self._hold(trainer)
+
+    def _watch_steps(self, optimizers: list[Optimizer]) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = before_steps(optimizers, self._take_gradients)
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        self._watched_optimizers = list(optimizers)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Training may go on with other optimizers than it began with."""
+        if trainer.optimizers != self._watched_optimizers:
+            self._watch_steps(trainer.optimizers)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    @property
+    def _over(self) -> bool:
+        """Whether no further pruning can come that a criterion collects something for."""
+        return self._pruned >= self._part and (self._part >= 1 or self._progress >= 1)
 
     def _prepare_rewind(self, trainer: Any, pl_module: Any, epoch: int) -> None:
         assert self._clock is not None
@@ -240,7 +283,8 @@ class WeightPruning(PruningCallback):
             return
         self._held.clear(trainer.optimizers)
         for copy in averaged_copies(trainer):  # an average of zeros stays zero
-            apply_masks(dict(copy.named_parameters()), self.masks_)
+            own = dict(copy.named_parameters())  # without what configure_model builds, where it was made before
+            apply_masks(own, {name: mask for name, mask in self.masks_.items() if name in own})
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Clipping by norm comes next: it is to see the gradients of what is kept only."""
@@ -248,7 +292,7 @@ class WeightPruning(PruningCallback):
             self._held.before_step(optimizer)
 
     def _take_gradients(self, optimizer: Optimizer) -> None:
-        if isinstance(self._judge, GradientCriterion) and self._part < 1:
+        if isinstance(self._judge, GradientCriterion) and not self._over:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self._names.get(id(parameter))
@@ -269,31 +313,78 @@ class WeightPruning(PruningCallback):
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         weights, further = self._weights(pl_module), self._part > self._pruned
-        if not weights:
+        if not weights or (further and not self._gather(trainer, weights)):
             return
-        step = mix_seed(self._seed or 0, str(trainer.global_step))
-        if isinstance(self._judge, Random):
-            self._judge.seed = step
-        masks: Masks = self.masks_
-        if further or not masks:
-            masks = self._choose(trainer, pl_module, dict(weights))
         part = share(self.regrow, self.regrow_fraction, self._progress) if self.regrow and self.masks_ else 0.0
-        if part and self.regrow:
-            masks = moved(masks, weights, self.regrow, part, step, self._gradients)
-        if trainer.world_size > 1:
-            masks = trainer.strategy.broadcast({name: mask.cpu() for name, mask in masks.items()})
-        if further and self.report:
-            self._look_at(weights, masks)
-        self.masks_, self._pruned = masks, self._part
+        if further or part:
+            check_finite(weights)
+            masks = self._next_masks(trainer, pl_module, weights, further, part)
+            if further and self.report:
+                self._look_at(weights, masks)
+            self.masks_, self._pruned = masks, self._part
+        elif not trainer.is_last_batch:
+            return
         if further:
-            self._judge.forget()
+            self._judge.forget(last=self._over)
             if self._rewind is not None:
                 self._rewind.restore(pl_module, trainer.optimizers)
                 for other in trainer.callbacks:
                     if isinstance(other, WeightPruning) and other is not self:
                         other._hold(trainer)
+        if self._over:
+            self._stop_listening()
         self._bind(pl_module)
         self._hold(trainer)
+
+    def _next_masks(self, trainer: Any, pl_module: Any, weights: Any, further: bool, part: float) -> Masks:
+        """The masks after this pruning, the same on all processes; nothing is changed yet."""
+        step = mix_seed(self._seed or 0, str(trainer.global_step))
+        if isinstance(self._judge, Random):
+            self._judge.seed = step
+        masks = self._choose(pl_module, dict(weights)) if further else self.masks_
+        if part and self.regrow:
+            masks = moved(masks, weights, self.regrow, part, step, self._gradients)
+        if trainer.world_size > 1:
+            masks = trainer.strategy.broadcast({name: mask.cpu() for name, mask in masks.items()})
+        return masks
+
+    def _gather(self, trainer: Any, weights: Mapping[str, Tensor]) -> bool:
+        """Put together what the processes have collected; false to wait for weights of which there is nothing yet.
+
+        Optimizers that take turns, or parts of a model that do, may not all have had theirs. An epoch's end is the last
+        moment to wait for; then the criterion says what is missing.
+        """
+        judge = self._judge
+        sums, stale = judge.sums, judge.stale
+        if isinstance(judge, Wanda) and trainer.world_size > 1:
+            sums, stale = judge.of_all(self._everyones())
+        final = trainer.is_last_batch or trainer.global_step >= trainer.max_steps != -1
+        if not final and judge.needs in ("gradients", "inputs") and not sums.keys() >= weights.keys():
+            return False
+        judge.sums, judge.stale = {name: placed_like(each, weights[name]) for name, each in sums.items()}, stale
+        return True
+
+    def _everyones(self) -> list[Collected]:
+        """What each process has collected."""
+        own = {name: each.cpu() for name, each in self._judge.sums.items()}, self._judge.stale
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+        return parts
+
+    def _share_out(self, rank: int, world_size: int) -> None:
+        """Each process goes on with its own share of a checkpoint; of as many others, the first one with all."""
+        parts = self._ranks or [(self._judge.sums, self._judge.stale)]
+        if len(parts) == world_size:
+            self._judge.sums, self._judge.stale = parts[rank]
+        else:
+            self._judge.sums, self._judge.stale = Wanda.of_all(parts) if rank == 0 else ({}, set())
+        self._ranks = []
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Inputs of layers are collected by each process for itself."""
+        if isinstance(self._judge, Wanda) and trainer.world_size > 1 and not self._over:
+            parts = [{"sums": sums, "stale": sorted(stale)} for sums, stale in self._everyones()]
+            checkpoint["callbacks"][self.state_key]["ranks"] = parts
 
     def _look_at(self, weights: Mapping[str, Tensor], masks: Masks) -> None:
         """Before weights go: how large they are, and up to which magnitude they go."""
@@ -314,12 +405,7 @@ class WeightPruning(PruningCallback):
     def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
         return self._before, self._thresholds
 
-    def _choose(self, trainer: Any, pl_module: Any, weights: dict[str, Tensor]) -> Masks:
-        collected = self._judge.sums
-        if isinstance(self._judge, Wanda):
-            self._judge.sums = {
-                name: trainer.strategy.reduce(each, reduce_op="sum") for name, each in collected.items()
-            }
+    def _choose(self, pl_module: Any, weights: dict[str, Tensor]) -> Masks:
         return choose_masks(
             pl_module,
             weights,
@@ -355,10 +441,16 @@ class WeightPruning(PruningCallback):
         self._bind(pl_module)
         self._hold(trainer)
 
+    def _stop_listening(self) -> None:
+        for handle in self._listening:
+            handle.remove()
+        self._listening = []
+
     def _release(self) -> None:
+        self._stop_listening()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._watched_optimizers = [], []
         self._restored = False
         self._held, self._names, self._masked, self._gradients = None, {}, set(), {}
 
@@ -370,6 +462,8 @@ class WeightPruning(PruningCallback):
             "pruned": self._pruned,
             "masks": {name: mask.cpu() for name, mask in self.masks_.items()},
             "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},
+            "stale": sorted(self._judge.stale),
+            "criterion": self._criterion_name,
             "seed": self._seed,
             "rewind": None if self._rewind is None else self._rewind.to_dict(),
             "timeline": self._timeline_state(),
@@ -379,19 +473,49 @@ class WeightPruning(PruningCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the masks of a checkpoint."""
-        self.amount_ = state_dict["amount"]
-        self._part = state_dict["part"]
-        self._pruned = state_dict["pruned"]
-        self.masks_ = dict(state_dict["masks"])
-        self._judge.sums = dict(state_dict["sums"])
-        self._seed = state_dict["seed"]
-        self._rewind = None if state_dict["rewind"] is None else Rewind.from_dict(state_dict["rewind"])
-        self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
-        self._before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
-        self._thresholds = dict(state_dict.get("thresholds", {}))
-        self._lost = state_dict["lost"]
-        self._restored = True
+        """Take up the masks of a checkpoint.
+
+        Raises:
+            PruningError: It is no state of this callback; nothing has changed.
+        """
+        try:
+            masks = dict(state_dict["masks"])
+            wrong = [name for name, mask in masks.items() if not (torch.is_tensor(mask) and mask.dtype is torch.bool)]
+            if wrong:
+                raise TypeError(f"the mask of {wrong[0]!r} is no tensor of bools")
+            amount, part, pruned = (float(state_dict[key]) for key in ("amount", "part", "pruned"))
+            if not all(0 <= value <= 1 for value in (amount, part, pruned)):
+                raise ValueError(f"amount={amount:g}, part={part:g}, pruned={pruned:g} are no fractions")
+            sums, stale = dict(state_dict["sums"]), set(state_dict.get("stale", ()))
+            ranks = [(dict(each["sums"]), set(each["stale"])) for each in state_dict.get("ranks", ())]
+            if state_dict.get("criterion", self._criterion_name) != self._criterion_name:
+                sums, stale, ranks = {}, set(), []  # another criterion has collected something else
+            seed, lost, rewind = state_dict["seed"], bool(state_dict["lost"]), state_dict["rewind"]
+            rewind = None if rewind is None else Rewind.from_dict(rewind)
+            timeline = [Moment(**moment) for moment in state_dict.get("timeline", ())]
+            before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
+            thresholds = dict(state_dict.get("thresholds", {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PruningError(
+                f"the checkpoint's state of WeightPruning is damaged: {type(error).__name__}: {error}"
+            ) from error
+        self.amount_, self._part, self._pruned, self.masks_ = amount, part, pruned, masks
+        self._judge.sums, self._judge.stale, self._ranks = sums, stale, ranks
+        self._seed, self._lost, self._rewind, self._restored = seed, lost, rewind, True
+        self.timeline_, self._before, self._thresholds = timeline, before, thresholds
+
+    @property
+    def _criterion_name(self) -> str:
+        return self.criterion if isinstance(self.criterion, str) else "function"
+
+    def _check_checkpoint(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        for name, mask in dict(state.get("masks") or {}).items():
+            had, shape = getattr(tensors.get(name), "shape", None), getattr(mask, "shape", None)
+            if had is not None and had != shape:
+                raise ConfigurationError(
+                    f"WeightPruning: the checkpoint's masks are not those of its weights: {name!r} has shape "
+                    f"{tuple(had)}, its mask {shape and tuple(shape)}"
+                )
 
 
 def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -402,6 +526,13 @@ def _taken(tensors: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         return take(tensor, {dim: index for dim, index in dims.items() if tensor.size(dim) == plan.shapes[name][dim]})
 
     return {name: taken(name, each) for name, each in tensors.items() if not inside(name, plan.removed)}
+
+
+def _broadcasts(collected: Any, weight: Tensor | None) -> bool:
+    """Whether what was collected can be that of a weight: of its shape, or with dimensions of one."""
+    if weight is None or not isinstance(collected, Tensor) or collected.dim() != weight.dim():
+        return False
+    return all(size in (1, full) for size, full in zip(collected.shape, weight.shape, strict=True))
 
 
 def _check_regrow(regrow: Any, fraction: Any, pattern: str | None) -> None:

@@ -11,7 +11,17 @@ from torch.optim import Optimizer
 
 from lightning_prune.pruning.optimizers import with_inner
 
-__all__ = ["HeldMasks", "Masks", "apply_masks", "local", "mask_optimizer", "placed_like", "share_of", "whole"]
+__all__ = [
+    "INTEGERS",
+    "HeldMasks",
+    "Masks",
+    "apply_masks",
+    "local",
+    "mask_optimizer",
+    "placed_like",
+    "share_of",
+    "whole",
+]
 
 Masks = dict[str, Tensor]
 """Bool masks by parameter name, of the parameter's shape; True = kept."""
@@ -82,12 +92,13 @@ def mask_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], masks
                     _clear(value, share_of(mask, value))
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size in bytes: the bits of a float of that size."""
 
 
 def _bits(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask as integers of the size of a float: all ones where it is kept."""
-    return mask.to(like.device, _INTEGERS[like.element_size()]).neg_()
+    """A mask as integers of the size of a float, laid out like it (channels last …): all ones where it is kept."""
+    return torch.empty_like(like, dtype=INTEGERS[like.element_size()]).copy_(mask).neg_()
 
 
 def _clear(tensor: Tensor, mask: Tensor) -> None:
@@ -106,7 +117,8 @@ class HeldMasks:
 
     A weight that is zero, whose gradient and momentum are zero, stays zero under the optimizers of torch that work
     element by element; so before each step the gradients are masked, one pass over memory. After a step of any other
-    optimizer, weights and state are.
+    optimizer, weights and state are; also where someone else has written to the weights since the last step, such as a
+    projection, a clamp or noise.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
@@ -115,9 +127,11 @@ class HeldMasks:
         self.masks = dict(masks)
         self._sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters.values())
         self._bits = {
-            id(parameter): _bits(share_of(self.masks[name], parameter), local(parameter))
+            id(parameter): _bits(share_of(self.masks[name], parameter), local(parameter.detach()))
             for name, parameter in self.parameters.items()
+            if not bool(self.masks[name].all())
         }
+        self._versions: list[int] = []
 
     def clear(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero what is masked everywhere: weights, gradients, optimizer state."""
@@ -126,13 +140,18 @@ class HeldMasks:
             mask_optimizer(optimizer, self.parameters, self.masks)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None and _dense(p.grad)}
         apply_masks(gradients, {name: self.masks[name] for name in gradients})
+        self._versions = self._written()
+
+    def _written(self) -> list[int]:
+        """How many times each weight has been written to."""
+        return [parameter._version for parameter in self.parameters.values()]
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> bool:
         """Gradients are there: mask them; whether that is all it takes."""
         if type(optimizer) not in _ELEMENTWISE:
             return False
-        everything = True
+        everything = self._versions == self._written()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 gradient, bits = parameter.grad, self._bits.get(id(parameter))
@@ -145,13 +164,16 @@ class HeldMasks:
         return everything
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer, masked_gradients: bool) -> None:
+    def after_step(self, optimizer: Optimizer, masked_gradients: bool = False) -> None:
         """The step is done: mask weights and state, unless that of the gradients was enough."""
         if masked_gradients and type(optimizer) in _ELEMENTWISE:
+            self._versions = self._written()
             return
         for parameter in self.parameters.values():
-            _and(local(parameter.detach()), self._bits[id(parameter)])
+            if id(parameter) in self._bits:
+                _and(local(parameter.detach()), self._bits[id(parameter)])
         mask_optimizer(optimizer, self.parameters, self.masks)
+        self._versions = self._written()
 
 
 def _dense(gradient: Tensor) -> bool:

@@ -35,6 +35,8 @@ def moved(
 ) -> Masks:
     """In each weight the smallest of the kept go, and as many others come back, at zero.
 
+    A weight that this step did not train, whose gradient is missing or zero throughout, stays as it is for ``"rigl"``.
+
     Args:
         masks: By parameter name, True = kept.
         weights: Their parameters.
@@ -47,17 +49,21 @@ def moved(
         New masks that keep as many.
 
     Raises:
-        PruningError: A gradient is missing.
+        PruningError: There is no gradient at all.
 
     Source: Evci et al., 2020, "Rigging the lottery", arXiv:1911.11134; Mocanu et al., 2018, "Scalable training of
     artificial neural networks with adaptive sparse connectivity", arXiv:1707.04780.
     """
     result = {}
+    found = {name: (gradients or {}).get(name, weights[name].grad) for name in masks}
+    if kind == "rigl" and masks and all(gradient is None for gradient in found.values()):
+        first = next(iter(masks))
+        raise PruningError(f"regrow='rigl' needs gradients, but neither {first!r} nor another weight has one")
     for name, mask in masks.items():
-        weight = weights[name]
-        gradient = (gradients or {}).get(name, weight.grad)
-        if kind == "rigl" and gradient is None:
-            raise PruningError(f"regrow='rigl' needs the gradient of every weight, but {name!r} has none")
+        weight, gradient = weights[name], found[name]
+        if kind == "rigl" and (gradient is None or not bool(whole((_dense(gradient) != 0).sum()))):
+            result[name] = mask
+            continue
         flat = mask.flatten()
         kept, gone = flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1)
         count = min(round(part * len(kept)), len(gone))
@@ -67,8 +73,7 @@ def moved(
         sizes = whole(weight.detach()).flatten().to(mask.device)[kept].abs()
         if kind == "rigl":
             assert gradient is not None
-            gradient = gradient if gradient.layout is torch.strided else gradient.to_dense()
-            wishes = whole(gradient).flatten().to(mask.device)[gone].abs().nan_to_num(nan=0.0)
+            wishes = whole(_dense(gradient)).flatten().to(mask.device)[gone].abs().nan_to_num(nan=0.0)
         else:
             generator = torch.Generator().manual_seed(mix_seed(seed, name))
             wishes = torch.rand(len(gone), generator=generator).to(mask.device)
@@ -77,3 +82,7 @@ def moved(
         new[gone[wishes.argsort(descending=True, stable=True)[:count]]] = True
         result[name] = new.view(mask.shape)
     return result
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return (gradient if gradient.layout is torch.strided else gradient.to_dense()).detach()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall, untraced
-from lightning_prune.graph.run import run_calls, same_buffers, undisturbed
-from lightning_prune.graph.tree import tensors
+from lightning_prune.graph.run import run_calls, undisturbed
 from lightning_prune.pruning.masks import whole
+from lightning_prune.pruning.synflow import flow
 
 __all__ = [
     "WEIGHT_CRITERIA",
+    "Collected",
     "Criterion",
     "Custom",
     "GradientCriterion",
@@ -31,6 +30,9 @@ __all__ = [
     "in_dim",
     "mix_seed",
 ]
+
+Collected = tuple[dict[str, Tensor], set[str]]
+"""Sums by parameter name, and those of the names that are stale."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -49,6 +51,7 @@ class Criterion:
             model on ones.
         rounds: How many times the whole amount is reached in equal steps, each scored anew.
         sums: What has been collected, by parameter name.
+        stale: Those of them that are from before the last pruning; they judge until there is something new.
     """
 
     needs = "weights"
@@ -58,6 +61,15 @@ class Criterion:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.stale: set[str] = set()
+
+    def add(self, name: str, told: Tensor) -> None:
+        """Collect something more of a weight."""
+        if name in self.sums and name not in self.stale:
+            self.sums[name].add_(told)
+        else:
+            self.sums[name] = told
+            self.stale.discard(name)
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         """Scores of a weight: its shape, any units."""
@@ -65,18 +77,23 @@ class Criterion:
 
     def ready(self, weights: Mapping[str, Tensor]) -> None:
         """Raise a PruningError if something that the scores need has not been collected."""
-        missing = [name for name in weights if name not in self.sums] if self.needs in ("gradients", "inputs") else []
-        if missing:
+        if missing := self.missing(weights):
             what = "gradient" if self.needs == "gradients" else "input"
             raise PruningError(
                 f"criterion {type(self).__name__.lower()!r} needs the {what} of every weight, but {missing[0]!r} has "
                 f"none{_advice(self.needs)}"
             )
 
-    def forget(self) -> None:
-        """A pruning is done: collect anew."""
-        if not self.keeps:
-            self.sums = {}
+    def missing(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """The weights of which nothing has been collected that the scores need."""
+        return [name for name in weights if name not in self.sums] if self.needs in ("gradients", "inputs") else []
+
+    def forget(self, *, last: bool = True) -> None:
+        """A pruning is done: collect anew, unless it was the last one."""
+        if last or self.needs not in ("gradients", "inputs"):
+            self.sums, self.stale = {}, set()
+        elif not self.keeps:
+            self.stale = set(self.sums)
 
 
 def _advice(needs: str) -> str:
@@ -128,13 +145,17 @@ class GradientCriterion(Criterion):
     needs = "gradients"
 
     def collect(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        """Add what one gradient says of a weight."""
+        """Add what one gradient says of a weight.
+
+        One that is zero throughout says nothing new: it is that of a part that this step did not train.
+        """
         with torch.no_grad():
             gradient = gradient.detach()
             gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
+            if name in self.stale and not bool(whole((gradient != 0).sum())):
+                return
             wide = torch.promote_types(weight.dtype, torch.float32)
-            told = self.told(weight.detach().to(wide), gradient.to(wide))
-            self.sums[name] = told if name not in self.sums else self.sums[name].add_(told)
+            self.add(name, self.told(weight.detach().to(wide), gradient.to(wide)))
 
     def told(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """What one gradient says."""
@@ -209,6 +230,18 @@ class Wanda(Criterion):
         """|w| · ‖x‖₂."""
         return whole(weight.detach()).abs() * self.sums[name].sqrt()
 
+    @staticmethod
+    def of_all(parts: Sequence[Collected]) -> Collected:
+        """What several processes have collected together; what none has anew is as old on all of them."""
+        sums: dict[str, Tensor] = {}
+        stale: set[str] = set()
+        for name in dict.fromkeys(name for own, _ in parts for name in own):
+            fresh = [own[name] for own, old in parts if name in own and name not in old]
+            if not fresh:
+                stale.add(name)
+            sums[name] = sum(fresh[1:], start=fresh[0]) if fresh else next(own[name] for own, _ in parts if name in own)
+        return sums, stale
+
     def check(self, model: nn.Module, names: Sequence[str]) -> None:
         """Raise a PruningError if one of these is no weight of a linear layer or a convolution."""
         modules = dict(model.named_modules())
@@ -249,8 +282,7 @@ class Wanda(Criterion):
                 if module.training or not training_only:
                     x = args[0] if args else kwargs["input"]
                     with torch.no_grad(), untraced():
-                        told = _squares(module, x.detach())
-                        self.sums[name] = told if name not in self.sums else self.sums[name].add_(told)
+                        self.add(name, _squares(module, x.detach()))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
@@ -258,12 +290,12 @@ class Wanda(Criterion):
 
 def _squares(module: Any, x: Tensor) -> Tensor:
     """Sum of squares of each input, of a shape that broadcasts to the weight's."""
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     if isinstance(module, nn.Linear):
-        sums: Tensor = x.float().square().sum(list(range(x.dim() - 1))) if x.dim() > 1 else x.float().square()
-        return sums.view(1, -1)
+        return (squares.sum(list(range(x.dim() - 1))) if x.dim() > 1 else squares).view(1, -1)
     spatial = len(module.kernel_size)
     channel = x.dim() - spatial - 1
-    sums = x.float().square().sum([dim for dim in range(x.dim()) if dim != channel])
+    sums = squares.sum([dim for dim in range(x.dim()) if dim != channel])
     tail = (1,) * spatial
     if isinstance(module, TRANSPOSED):
         return sums.view(-1, 1, *tail)
@@ -291,135 +323,12 @@ class Synflow(Criterion):
         weights: Mapping[str, Tensor],
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Run the model on ones and note the scores of these weights; where ``masks`` are false, they count as zero.
-
-        Raises:
-            PruningError: There is no call that can be repeated, or no weight reaches an output.
-        """
-        calls = [call for call in calls if call.repeatable]
-        if not calls:
-            raise PruningError("criterion 'synflow' needs example_inputs: their shapes, not their values")
-        self.sums = self._first_flow(model, calls, weights, masks or {})
-        if not all(bool(flow.isfinite().all()) for flow in self.sums.values()):
-            raise PruningError(
-                "criterion 'synflow': the flow through this network is not finite: too large for its precision, or "
-                "weights are, or they are divided by their own norm"
-            )
-
-    def _first_flow(self, model: nn.Module, calls: Sequence[ModuleCall], *what: Any) -> dict[str, Tensor]:
-        """The flow of one example in double precision; of the whole batch or in the model's own, where it must be."""
-        small = [_ones(call, 1) for call in calls]
-        tries = [(some, dtype) for some in (small, [_ones(c, None) for c in calls]) for dtype in (torch.float64, None)]
-        for number, (some, dtype) in enumerate(tries, 1):
-            try:
-                return self._flow(model, some, *what, dtype=dtype)
-            except PruningError:
-                raise
-            except Exception as error:  # a dtype or a batch of its own in the user's forward
-                if number == len(tries):
-                    raise PruningError(
-                        f"criterion 'synflow': the model raised {type(error).__name__}: {error}"
-                    ) from error
-        raise AssertionError
-
-    @staticmethod
-    def _flow(
-        model: nn.Module,
-        calls: Sequence[ModuleCall],
-        weights: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        *,
-        dtype: torch.dtype | None,
-    ) -> dict[str, Tensor]:
-        mask_of = {id(weights[name]): mask for name, mask in masks.items()}
-        flags = {id(weight) for weight in weights.values()}
-        magnitudes: dict[int, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                if tensor.is_floating_point():
-                    size = whole(tensor.detach()).abs().to(dtype or tensor.dtype)
-                    if _is_shift(name) and id(tensor) not in flags:  # what is added would flow past the layers before
-                        size = torch.zeros_like(size)
-                    magnitudes[id(tensor)] = size * mask_of[id(tensor)] if id(tensor) in mask_of else size
-        with undisturbed(model), same_buffers(model), _standing_in(model, magnitudes, flags) as stand_ins:
-            model.eval()
-            with torch.inference_mode(False), torch.enable_grad():
-                outputs = tensors([_run(model, _cast(call, dtype)) for call in calls])
-                reached = [t.double().sum() for t in outputs if t.requires_grad]
-                if not reached:
-                    raise PruningError("criterion 'synflow': no output depends on the weights")
-                leaves = {name: stand_ins[id(weight)] for name, weight in weights.items()}
-                found = torch.autograd.grad(torch.stack(reached).sum(), list(leaves.values()), allow_unused=True)
-        return {
-            name: torch.zeros_like(leaf) if gradient is None else (leaf.detach() * gradient).abs()
-            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
-        }
+        """Run the model on ones and note the scores of these weights; where ``masks`` are false, they count as zero."""
+        self.sums = flow(model, calls, weights, masks or {})
 
     def score(self, name: str, weight: Tensor) -> Tensor:
         """|w · ∂R/∂w|."""
         return self.sums[name]
-
-
-def _ones(call: ModuleCall, examples: int | None) -> ModuleCall:
-    """The same call of some examples (None: all), all ones."""
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
-            return leaf
-        return torch.ones_like(leaf[:examples]) if leaf.is_floating_point() else leaf[:examples]
-
-    return ModuleCall(call.path, tree_map(one, call.args), tree_map(one, call.kwargs))
-
-
-def _is_shift(name: str) -> bool:
-    last = name.rpartition(".")[2]
-    return "bias" in last or last == "running_mean"
-
-
-@contextmanager
-def _standing_in(model: nn.Module, values: Mapping[int, Tensor], flags: set[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, the model holds other tensors: ``values``, by the id of the own; those in ``flags`` require gradients.
-
-    Its own are not touched: a gradient hook, such as DDP's, is lost where a parameter's data changes its dtype.
-    """
-    own = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    stand_ins = {
-        key: nn.Parameter(value, requires_grad=key in flags) if isinstance(own[key], nn.Parameter) else value
-        for key, value in values.items()
-    }
-    held: list[tuple[dict[Any, Any], Any, Any]] = []
-    try:
-        for module in model.modules():
-            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for registry in registries:
-                for name, tensor in list(registry.items()):
-                    if id(tensor) in stand_ins:
-                        held.append((registry, name, tensor))
-                        registry[name] = stand_ins[id(tensor)]
-            if isinstance(module, nn.RNNBase):
-                held.append((module.__dict__, "_flat_weights", module._flat_weights))
-                module.__dict__["_flat_weights"] = [
-                    stand_ins.get(id(weight), weight) for weight in module._flat_weights
-                ]
-            if "FSDPModule" in {cls.__name__ for cls in type(module).__mro__}:  # its hooks would bring its own back
-                for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                    held.append((module.__dict__, hooks, module.__dict__[hooks]))
-                    module.__dict__[hooks] = OrderedDict()
-        yield stand_ins
-    finally:
-        for registry, name, value in reversed(held):
-            registry[name] = value
-
-
-def _cast(call: ModuleCall, dtype: torch.dtype | None) -> ModuleCall:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if dtype and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return ModuleCall(call.path, tree_map(cast, call.args), tree_map(cast, call.kwargs))
-
-
-def _run(model: nn.Module, call: ModuleCall) -> Any:
-    return model.get_submodule(call.path)(*call.args, **call.kwargs)
 
 
 class Custom(Criterion):

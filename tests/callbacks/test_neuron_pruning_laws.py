@@ -37,7 +37,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.model_summary import ModelSummary, get_human_readable_count
 from lightning_modules import (
-    LIGHTNING_WARNINGS,
+    LAW_WARNINGS,
     SGD,
     Spy,
     Task,
@@ -65,21 +65,7 @@ from lightning_prune.pruning import neurons as engine
 from lightning_prune.pruning import surgery
 from lightning_prune.pruning.surgery import take
 
-pytestmark = [
-    *LIGHTNING_WARNINGS,
-    *map(
-        pytest.mark.filterwarnings,
-        (
-            "ignore:Swapping scheduler.*",
-            "ignore:.*lr_scheduler.step.*before.*optimizer.step.*",
-            "ignore:The `lr_find` call.*",
-            "ignore:.*torch._dynamo.*",
-            "ignore:The .grad attribute of a Tensor that is not a leaf.*",  # dynamo's, where a module has hooks
-            "ignore:Using ModelCheckpoint with manual optimization and every_n_train_steps.*",
-            "ignore:.*no `optimizer` and.*",
-        ),
-    ),
-]
+pytestmark = LAW_WARNINGS
 
 progressive = functools.partial(neurons, schedule="linear", end=3)
 one_shot = functools.partial(neurons, schedule="one_shot")

@@ -25,7 +25,7 @@ from lightning_modules import (
     ADAMW,
     CLASSES,
     IMAGE,
-    LIGHTNING_WARNINGS,
+    LAW_WARNINGS,
     Task,
     assert_same,
     fit,
@@ -45,19 +45,7 @@ from torch import optim
 
 from lightning_prune import PruningError
 
-pytestmark = [
-    *LIGHTNING_WARNINGS,
-    *map(
-        pytest.mark.filterwarnings,
-        (
-            "ignore:Swapping scheduler.*",
-            "ignore:.*lr_scheduler.step.*before.*optimizer.step.*",
-            "ignore:.*resuming from a checkpoint that ended before the epoch.*",
-            "ignore:.*mid-epoch.*",
-            "ignore:Using ModelCheckpoint with manual optimization and every_n_train_steps.*",
-        ),
-    ),
-]
+pytestmark = LAW_WARNINGS
 
 progressive = functools.partial(neurons, 0.6, schedule="linear", end=1.0)
 

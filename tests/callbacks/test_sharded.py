@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ddp_cases import run_script
-from sharded_cases import CASES
+from sharded_cases import CASES, RESUMED
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 doesn't run on a CPU"
@@ -46,7 +46,7 @@ def test_two_processes_do_what_one_does(results: Any, kind: str, name: str) -> N
     assert all(not first["weights"][key][~mask].any() for key, mask in first["masks"].items())
 
 
-@pytest.mark.parametrize("name", ["taylor", "movement", "rewind"])
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_equals_never_stopping(results: Any, kind: str, name: str) -> None:
     for each in results[kind]:

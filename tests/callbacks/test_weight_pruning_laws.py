@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_modules import (
     CLASSES,
-    LIGHTNING_WARNINGS,
+    IMAGE,
+    LAW_WARNINGS,
     SGD,
     EncoderDecoder,
     LateLayers,
@@ -27,6 +28,7 @@ from lightning_modules import (
     WithForward,
     assert_refused,
     assert_same,
+    conv_net,
     fit,
     left_hooks,
     load_plain,
@@ -41,50 +43,13 @@ from lightning_modules import (
 )
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
+from weight_cases import CRITERIA, GRADIENTS, OPTIMIZERS, Held
 
 from lightning_prune import PruningError, WeightPruning
 
-pytestmark = [
-    *LIGHTNING_WARNINGS,
-    *map(
-        pytest.mark.filterwarnings,
-        (
-            "ignore:Swapping scheduler.*",
-            "ignore:.*lr_scheduler.step.*before.*optimizer.step.*",
-            "ignore:.*isinstance.*LeafSpec.*",
-            "ignore:The `lr_find` call.*",
-            "ignore:Sparse invariant checks are implicitly disabled.*",
-            "ignore:The .grad attribute of a Tensor that is not a leaf.*",  # dynamo's, where a module has hooks
-        ),
-    ),
-]
+pytestmark = LAW_WARNINGS
 
-CRITERIA = ["l1", "random", "taylor", "snip", "movement", "fisher", "wanda", "synflow", torch.abs]
-GRADIENTS = ["taylor", "snip", "movement", "fisher"]
 one_shot = functools.partial(weights, schedule="one_shot")
-
-
-class Held:
-    """After every optimizer step and batch: masked weights, and state of theirs, that are not exactly zero."""
-
-    def __init__(self, *pruning: WeightPruning) -> None:
-        self.pruning, self.alive, self.checks, self.handles = pruning, list[int](), 0, list[Any]()
-
-    def spy(self) -> Spy:
-        return Spy(on_train_start=self.listen, on_train_batch_end=self.check)
-
-    def listen(self, trainer: Any, module: Any) -> None:
-        for optimizer in trainer.optimizers:  # registered after the callback's own: runs after it
-            self.handles.append(optimizer.register_step_post_hook(lambda *_: self.check(trainer, module)))
-
-    def check(self, trainer: Any, module: Any) -> None:
-        parameters = dict(module.named_parameters())
-        for name, mask in (item for pruning in self.pruning for item in pruning.masks_.items()):
-            states = [o.state[parameters[name]] for o in trainer.optimizers if parameters[name] in o.state]
-            for value in [parameters[name], *(v for state in states for v in state.values())]:
-                if isinstance(value, Tensor) and value.shape == mask.shape and bool(value[~mask].any()):
-                    self.alive.append(trainer.global_step)
-            self.checks += 1
 
 
 def hold(module: Task, *others: Any, gone: int | None = None, **options: Any) -> Any:
@@ -105,29 +70,6 @@ def hold(module: Task, *others: Any, gone: int | None = None, **options: Any) ->
 # -- zero stays zero --------------------------------------------------------------------------------------------------
 
 PARTS = functools.partial
-OPTIMIZERS = {
-    "SGD nesterov foreach": PARTS(optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1, foreach=True),
-    "SGD dampening": PARTS(optim.SGD, lr=0.05, momentum=0.9, dampening=0.1, weight_decay=0.1, foreach=False),
-    "SGD fused decay": PARTS(optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1, fused=True),
-    "Adam amsgrad fused": PARTS(optim.Adam, lr=0.01, amsgrad=True, weight_decay=0.1, fused=True),
-    "AdamW fused": PARTS(optim.AdamW, lr=0.01, weight_decay=0.1, fused=True),
-    "AdamW maximize": PARTS(optim.AdamW, lr=0.01, weight_decay=0.1, maximize=True, foreach=True),
-    "Adagrad fused": PARTS(optim.Adagrad, lr=0.01, weight_decay=0.1, fused=True),
-    "Adagrad foreach": PARTS(optim.Adagrad, lr=0.01, lr_decay=0.1, weight_decay=0.1, foreach=True),
-    "Adadelta foreach": PARTS(optim.Adadelta, weight_decay=0.1, foreach=True),
-    "RMSprop foreach": PARTS(optim.RMSprop, lr=0.01, momentum=0.9, weight_decay=0.1, foreach=True),
-    "NAdam decoupled foreach": PARTS(optim.NAdam, weight_decay=0.1, decoupled_weight_decay=True, foreach=True),
-    "RAdam decoupled foreach": PARTS(optim.RAdam, weight_decay=0.1, decoupled_weight_decay=True, foreach=True),
-    "Adamax foreach": PARTS(optim.Adamax, weight_decay=0.1, foreach=True),
-    "Rprop foreach": PARTS(optim.Rprop, foreach=True),
-    "ASGD foreach": PARTS(optim.ASGD, weight_decay=0.1, foreach=True),
-    "ASGD averaging": PARTS(optim.ASGD, t0=2.0, weight_decay=0.1),
-    "LBFGS line search": PARTS(optim.LBFGS, lr=0.1, max_iter=3, history_size=4, line_search_fn="strong_wolfe"),
-    "Adafactor foreach": PARTS(optim.Adafactor, lr=0.01, weight_decay=0.1, foreach=True),
-    "Adafactor maximize": PARTS(optim.Adafactor, lr=0.01, maximize=True),
-}
-if hasattr(optim, "Muon"):
-    OPTIMIZERS["Muon"] = lambda params: optim.Muon([p for p in params if p.dim() == 2], lr=0.01, weight_decay=0.1)
 
 
 class Groups(Task):
@@ -142,8 +84,13 @@ class Groups(Task):
 @pytest.mark.parametrize("every", [2, "epoch"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_zero_stays_zero_under_every_optimizer(name: str, every: Any) -> None:
-    cls = Task if name in ("Muon",) or "LBFGS" in name else Groups
-    hold(seeded(lambda: cls(optimizer=OPTIMIZERS[name])), weights(0.5, schedule="linear", end=1.0, every=every))
+    for cls in (Task,) if name == "Muon" or "LBFGS" in name else (Task, Groups):
+        module = seeded(PARTS(cls, optimizer=OPTIMIZERS[name]))
+        pruning = weights(0.5, schedule="linear", end=1.0, every=every)
+        before = snapshot(module)
+        hold(module, pruning)
+        kept = pruning.masks_["net.2.weight"]
+        assert not torch.equal(module.net[2].weight[kept], before["net.2.weight"][kept]), "the others do learn"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +109,23 @@ def test_zero_stays_zero_under_every_optimizer(name: str, every: Any) -> None:
 def test_zero_stays_zero_under_every_criterion(criterion: Any, options: dict[str, Any]) -> None:
     pruning = weights(0.5, criterion=criterion, every=3, end=1.0)
     hold(seeded(lambda: Task(optimizer=PARTS(optim.AdamW, lr=0.01, weight_decay=0.1))), pruning, **options)
+
+
+def test_masks_are_laid_out_like_the_weights() -> None:
+    """Masking a gradient of another layout takes six times as long."""
+    module = seeded(lambda: Task(conv_net().to(memory_format=torch.channels_last), shape=IMAGE))
+    pruning, strides = weights(0.5, end=0.5, exclude="net.7"), list[bool]()
+
+    def look(trainer: Any, pl_module: Any) -> None:
+        if pruning._held is not None:
+            bits = pruning._held._bits
+            assert id(pl_module.net[7].weight) not in bits
+            strides.extend(p.grad.stride() == bits[id(p)].stride() for p in pl_module.parameters() if id(p) in bits)
+
+    count = sum(p.numel() for name, p in prunable(module).items() if "net.7" not in name)
+    hold(module, pruning, Spy(on_before_optimizer_step=look), gone=round(0.5 * count))
+    assert len(strides) >= 12
+    assert all(strides)
 
 
 class Two(TwoOptimizers):
@@ -255,6 +219,47 @@ class Perturbed(Task):
         with torch.no_grad():
             torch._foreach_sub_(list(self.parameters()), moves)
         optimizer.step()
+
+
+class Clamped(Task):
+    """Weights are kept away from zero after each batch."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.clamp_(min=0.01)
+
+
+class Hurried(Task):
+    """Goes on with another optimizer in the second epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.strategy.optimizers = [optim.Adam(self.parameters(), lr=0.05, weight_decay=0.1)]
+
+
+@pytest.mark.parametrize("make", [Clamped, Hurried])
+def test_zero_comes_back_after_a_step_whoever_wrote_to_the_weights(make: Any) -> None:
+    pruning, alive = one_shot(0.5, end=0.25), list[int]()
+
+    def step(optimizer: Any, *_: Any) -> None:
+        parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        for name, mask in pruning.masks_.items():
+            weight = parameters[id(dict(module.named_parameters())[name])]
+            state = [v for v in optimizer.state[weight].values() if torch.is_tensor(v) and v.shape == mask.shape]
+            alive.append(sum(int(value[~mask].count_nonzero()) for value in [weight, *state]))
+
+    def listen(trainer: Any, module: Any) -> None:
+        if trainer.optimizers[0] not in watched:  # after the callback's own
+            watched.append(trainer.optimizers[0])
+            trainer.optimizers[0].register_step_post_hook(step)
+
+    watched: list[Any] = []
+    module = seeded(make)
+    fit(module, pruning, Spy(on_train_batch_start=listen), max_epochs=4)
+    assert len(watched) == (2 if make is Hurried else 1)
+    assert len(alive) == 3 * 12
+    assert not any(alive)
 
 
 def prunable_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -464,6 +469,15 @@ def test_a_learning_rate_finder_does_not_make_the_next_fit_a_resumed_one(name: s
     fresh = seeded(Parts, 1)
     fit(fresh, pruning, Spy(on_train_batch_start=lambda *_: start.append(zeros(prunable(fresh))[0])))
     assert start[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides.*")
+@pytest.mark.parametrize("name", ["swa", "ema"])
+def test_averages_that_lack_the_late_layers(name: str) -> None:
+    """Lightning copies the module before `configure_model`."""
+    if name not in AROUND:
+        pytest.skip("newer lightning")
+    hold(seeded(LateLayers), weights(0.5), AROUND[name](), max_epochs=4)
 
 
 class Wrapped(nn.Module):
@@ -703,3 +717,168 @@ def frozen(kind: Any = Task) -> Any:
 )
 def test_what_cannot_work_is_refused(make: Any, options: dict[str, Any], message: str) -> None:
     assert_refused(make, [weights(**options)], {"max_epochs": 4}, message)
+
+
+# -- parts that take turns -----------------------------------------------------------------------------------------
+
+
+class Turns(EncoderDecoder):
+    """A GAN's way: two optimizers, one of which steps at a time; zeros, or nothing, where the other's gradients were."""
+
+    def __init__(self, to_none: bool = True, both: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization, self.to_none, self.both = False, to_none, both
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.encoder.parameters()), self.optimizer(self.decoder.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        own: Any = self.optimizers()
+        part = (self.encoder, self.decoder)[batch_idx % 2]
+        for optimizer in own:
+            optimizer.zero_grad(set_to_none=self.to_none)
+        loss = F.cross_entropy(self.logits(batch[0]), batch[1])
+        for p, g in zip(part.parameters(), torch.autograd.grad(loss, list(part.parameters())), strict=True):
+            p.grad = g if p.grad is None else p.grad.copy_(g)
+        for number, optimizer in enumerate(own):
+            if self.both or number == batch_idx % 2:
+                optimizer.step()
+
+
+class Branches(EncoderDecoder):
+    """One optimizer; every second batch runs only the decoder."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        number = self.trainer.fit_loop.epoch_loop.batch_idx if self.training else 0
+        return super().logits(x) if number % 2 == 0 else self.decoder(torch.cat([x, x[:, :4]], 1))  # type: ignore[no-any-return]
+
+
+TURNS = {
+    "one steps": Turns,
+    "one steps, zeros": PARTS(Turns, to_none=False),
+    "both step": PARTS(Turns, both=True),
+    "both step, zeros": PARTS(Turns, to_none=False, both=True),
+    "branches": Branches,
+}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "one_shot"])
+@pytest.mark.parametrize("criterion", [*GRADIENTS, "wanda"])
+@pytest.mark.parametrize("make", TURNS)
+def test_parts_that_take_turns_are_judged_by_what_they_did_last(make: str, criterion: str, schedule: str) -> None:
+    """With zeros for scores, all that goes would be of the part that rests."""
+    pruning, seen = weights(0.5, criterion=criterion, every=1, end=1.0, schedule=schedule), list[dict[str, Tensor]]()
+    module = seeded(lambda: TURNS[make](optimizer=PARTS(optim.AdamW, lr=0.01)))
+    judge = pruning._judge
+    ready = judge.ready
+
+    def look(given: Any) -> None:
+        ready(given)
+        seen.append({name: judge.score(name, weight).clone() for name, weight in given.items()})
+
+    judge.ready = look  # type: ignore[method-assign]
+    hold(module, pruning, max_epochs=3)
+    assert len(seen) >= (1 if schedule == "one_shot" else 8)
+    for scores in seen:
+        assert all(bool(score[pruning.masks_[name]].any()) for name, score in scores.items())
+    gone = {name: float((~mask).float().mean()) for name, mask in pruning.masks_.items()}
+    assert max(gone.values()) < 1, gone
+
+
+@pytest.mark.parametrize("make", TURNS)
+def test_rigl_where_parts_take_turns(make: str) -> None:
+    pruning, moves = weights(0.5, regrow="rigl", every=1, end=1.0, schedule="one_shot"), set[str]()
+    before: dict[str, Tensor] = {}
+
+    def look(trainer: Any, module: Any) -> None:
+        moves.update(name for name, mask in pruning.masks_.items() if name in before and (mask & ~before[name]).any())
+        before.update(pruning.masks_)
+
+    hold(seeded(TURNS[make]), Spy(on_train_batch_end=look), pruning, max_epochs=3)
+    assert moves == set(pruning.masks_)
+
+
+class Untrained(EncoderDecoder):
+    """A layer that no step trains."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.cat([x, x[:, :4]], 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("every", [1, 3, "epoch"])
+@pytest.mark.parametrize("criterion", [*GRADIENTS, "wanda"])
+def test_a_layer_that_is_never_trained_is_named(criterion: str, every: Any) -> None:
+    module = seeded(Untrained)
+    with pytest.raises(PruningError, match=f"{criterion}.*'encoder.0.weight' has none.*exclude"):
+        fit(module, weights(0.5, criterion=criterion, every=every))
+    assert all(bool((p != 0).all()) for p in prunable(module).values())
+
+
+# -- hooks that have nothing to do, weights that are no numbers ----------------------------------------------------
+
+
+@pytest.mark.parametrize("every", ["epoch", 3])
+@pytest.mark.parametrize("schedule", ["linear", "one_shot", lambda p: 0.8 * p])
+@pytest.mark.filterwarnings("ignore:.*training ended before the schedule did.*")
+def test_inputs_are_not_watched_longer_than_needed(schedule: Any, every: Any, tmp_path: Path) -> None:
+    watched = dict[int, bool]()
+
+    def look(trainer: Any, module: Any) -> None:
+        watched[trainer.global_step] = any(m._forward_pre_hooks for m in module.modules())
+
+    pruning = weights(0.5, criterion="wanda", schedule=schedule, every=every, end=2)
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(seeded(Task), pruning, saver, Spy(on_train_batch_end=look), max_epochs=4)
+    last = 4 if schedule == "one_shot" and every == "epoch" else 3 if schedule == "one_shot" else 8
+    assert watched == {step: step < last for step in range(1, 17)}
+    assert not pruning._judge.sums
+    for epoch in (0, 2):
+        watched.clear()
+        again = weights(0.5, criterion="wanda", schedule=schedule, every=every, end=2)
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        fit(seeded(Task), again, Spy(on_train_batch_end=look), max_epochs=4, ckpt_path=path)
+        assert watched == {step: step < last for step in range(4 * epoch + 5, 17)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("criterion", ["l1", "taylor", "wanda", "synflow", "random"])
+@pytest.mark.parametrize("options", [{}, {"regrow": "set", "schedule": "one_shot"}], ids=str)
+def test_a_diverged_training_is_named_and_nothing_is_pruned(
+    options: dict[str, Any], criterion: str, value: float
+) -> None:
+    pruning, state = weights(0.5, criterion=criterion, end=1.0, **options), dict[str, Any]()
+
+    def diverge(trainer: Any, module: Any) -> None:
+        if trainer.global_step == 8:
+            with torch.no_grad():
+                module.net[2].weight[3, 4] = value
+            state.update(weights=snapshot(module), masks=dict(pruning.masks_))
+
+    module = seeded(Task)
+    trainer = trainer_of(Spy(on_train_batch_end=diverge), pruning, max_epochs=4)
+    with pytest.raises(PruningError, match=r"'net\.2\.weight' holds .* NaN or infinite; nothing was pruned"):
+        trainer.fit(module)
+    assert trainer.global_step == 8
+    assert_same(snapshot(module), state["weights"])
+    assert_same(pruning.masks_, state["masks"])
+    assert left_hooks(trainer, module) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_second_fit_of_a_diverged_model_is_refused(value: float) -> None:
+    module, pruning = seeded(Task), weights(0.5)
+    fit(module, pruning)
+    masks = {name: mask.clone() for name, mask in pruning.masks_.items()}
+    with torch.no_grad():
+        good, at = module.net[2].weight.clone(), int(masks["net.2.weight"].flatten().nonzero()[0])
+        module.net[2].weight.view(-1)[at] = value
+    state = snapshot(module)
+    with pytest.raises(PruningError, match=r"'net\.2\.weight' holds 1 values of 120 that are NaN or infinite"):
+        fit(module, pruning)
+    assert_same(snapshot(module), state)
+    assert_same(pruning.masks_, masks)
+    with torch.no_grad():
+        module.net[2].weight.copy_(good)
+    fit(module, pruning)
+    assert_same(pruning.masks_, masks)
+    assert zeros(prunable(module)) == (116, 232)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune import PruningError, prune_weights
 from lightning_prune.pruning.patterns import get_pattern
-from lightning_prune.pruning.weights import select_weights
+from lightning_prune.pruning.weight_selection import select_weights
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 5),

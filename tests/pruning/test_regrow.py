@@ -99,14 +99,27 @@ def test_with_nothing_gone_or_nothing_kept_nothing_moves(kind: str) -> None:
         assert torch.equal(moved({"w": mask}, {"w": weight}, kind, 0.5, 0)["w"], mask)
 
 
-def test_a_missing_gradient_is_an_error() -> None:
+@pytest.mark.parametrize("absent", ["missing", "zeros", "sparse zeros"])
+def test_a_weight_that_was_not_trained_stays_as_it_is(absent: str) -> None:
+    """Zeros would bring back the first of what is gone, whatever it is."""
     made = {name: layer([4, 5], 0.5, i) for i, name in enumerate(("a", "b"))}
     masks, weights = {n: m for n, (m, _) in made.items()}, {n: w for n, (_, w) in made.items()}
-    weights["b"].grad = None
-    before = {n: m.clone() for n, m in masks.items()}
-    with pytest.raises(PruningError, match="regrow='rigl' needs the gradient of every weight, but 'b' has none"):
-        moved(masks, weights, "rigl", 0.3, 0)
-    assert all(torch.equal(masks[n], before[n]) for n in masks)
+    alone = moved({"a": masks["a"]}, {"a": weights["a"]}, "rigl", 0.3, 0)["a"]
+    zeros = torch.zeros_like(weights["b"])
+    weights["b"].grad = {"missing": None, "zeros": zeros, "sparse zeros": zeros.to_sparse()}[absent]
+    after = moved(masks, weights, "rigl", 0.3, 0)
+    assert torch.equal(after["b"], masks["b"])
+    assert torch.equal(after["a"], alone)
+    assert not torch.equal(alone, masks["a"])
+
+
+def test_no_gradient_at_all_is_an_error() -> None:
+    mask, weight = layer([4, 5], 0.5, 0)
+    weight.grad = None
+    before = mask.clone()
+    with pytest.raises(PruningError, match="regrow='rigl' needs gradients, but neither 'a' nor another weight has one"):
+        moved({"a": mask}, {"a": weight}, "rigl", 0.3, 0)
+    assert torch.equal(mask, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

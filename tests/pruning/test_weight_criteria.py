@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from lightning_prune import PruningError, prune_weights
 from lightning_prune.graph.run import as_calls
 from lightning_prune.pruning.weight_criteria import L1, WEIGHT_CRITERIA, Synflow, Wanda, collect, get_weight_criterion
-from lightning_prune.pruning.weights import choose_masks, prunable_weights, select_weights
+from lightning_prune.pruning.weight_selection import select_weights
+from lightning_prune.pruning.weights import choose_masks, prunable_weights
 
 Masks = dict[str, Tensor]
 
@@ -100,12 +101,32 @@ def test_movement_takes_a_large_weight_on_its_way_to_zero_before_a_small_one_on_
     assert prune_weights(layer, 0.5, criterion="movement")["weight"].tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize(("name", "kept"), [("taylor", False), ("snip", False), ("fisher", False), ("movement", True)])
-def test_only_movement_remembers_after_a_pruning(name: str, kept: bool) -> None:
+@pytest.mark.parametrize("name", FORMULAS)
+def test_only_movement_remembers_after_a_pruning(name: str) -> None:
+    """The others go by what they knew before only for weights of which there is nothing new: none, or zeros."""
     criterion = get_weight_criterion(name)
-    criterion.collect("w", torch.ones(2, 2), torch.ones(2, 2))
+    for weight in ("a", "b", "c"):
+        criterion.collect(weight, torch.ones(2, 2), torch.ones(2, 2))
+    criterion.forget(last=False)
+    criterion.collect("a", torch.ones(2, 2), 3 * torch.ones(2, 2))
+    criterion.collect("b", torch.ones(2, 2), torch.zeros(2, 2))
+    criterion.ready({"a": torch.ones(2, 2), "b": torch.ones(2, 2), "c": torch.ones(2, 2)})
+    anew = {"taylor": 3.0, "snip": 3.0, "movement": -4.0, "fisher": 9.0}[name]
+    assert criterion.sums["a"].tolist() == [[anew] * 2] * 2
+    for weight in ("b", "c"):
+        assert criterion.sums[weight].abs().tolist() == [[1.0] * 2] * 2
+    criterion.collect("a", torch.ones(2, 2), torch.zeros(2, 2))
+    assert criterion.sums["a"].tolist() == [[anew] * 2] * 2
     criterion.forget()
-    assert ("w" in criterion.sums) == kept
+    assert not criterion.sums
+
+
+def test_wanda_of_several_processes_is_the_sum_of_what_is_new() -> None:
+    one, two, three = (torch.full((1, 2), float(n)) for n in (1, 2, 3))
+    parts = [({"a": one, "b": two, "c": one}, {"b", "c"}), ({"b": three, "c": one, "a": two}, {"c"}), ({}, set[str]())]
+    sums, stale = Wanda.of_all(parts)
+    assert {name: each[0, 0].item() for name, each in sums.items()} == {"a": 3.0, "b": 3.0, "c": 1.0}
+    assert stale == {"c"}
 
 
 @pytest.mark.parametrize("name", FORMULAS)

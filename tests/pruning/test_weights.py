@@ -13,9 +13,9 @@ from networks import Net, Snapshot, build, resnet, shared_block
 from torch import Tensor, nn
 
 from lightning_prune import NoEffectWarning, PruningError, prune_weights
-from lightning_prune.pruning import weights as module
+from lightning_prune.pruning import weight_selection as module
 from lightning_prune.pruning.masks import apply_masks, mask_optimizer
-from lightning_prune.pruning.weights import select_weights
+from lightning_prune.pruning.weight_selection import select_weights
 
 Masks = dict[str, Tensor]
 
@@ -113,16 +113,41 @@ def test_parameters_shared_by_two_modules_count_once() -> None:
     assert sum(int((~m).sum()) for m in masks.values()) == (24 + 36 + 18) // 2
 
 
-def test_not_a_number_is_kept_and_the_count_is_exact() -> None:
-    """A diverged network is no reason to take more than was asked for."""
-    layer = nn.Linear(5, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("criterion", ["l1", "random", "synflow", "wanda", torch.abs])
+def test_a_diverged_network_is_refused(criterion: Any, value: float, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).to(dtype)
     with torch.no_grad():
-        layer.weight[0] = float("nan")
-        layer.weight[1, 0] = float("inf")
-    masks = prune_weights(layer, 0.5)
-    assert int((~masks["weight"]).sum()) == 10
-    assert bool(masks["weight"][0].all())
-    assert bool(masks["weight"][1, 0])
+        model[1].weight[1, 2] = value
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = torch.ones(2, 5, dtype=dtype)
+    with pytest.raises(PruningError, match=r"'1\.weight' holds 1 values of 12 that are NaN or infinite; nothing was"):
+        prune_weights(model, 0.5, criterion=criterion, example_inputs=x)
+    assert all(torch.equal(p.nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, p in model.named_parameters())
+    masks = prune_weights(model, 0.5, exclude="1")  # what is not looked at may hold anything
+    assert int((~masks["0.weight"]).sum()) == 10
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp", {"*": 0.5}])
+@pytest.mark.parametrize("criterion", ["l1", "random", "synflow"])
+def test_a_weight_without_elements_is_none(criterion: str, scope: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    model.register_parameter("nothing", nn.Parameter(torch.empty(0, 5)))
+    masks = prune_weights(model, 0.5, criterion=criterion, scope=scope, example_inputs=torch.ones(1, 4))
+    assert set(masks) == {"0.weight", "1.weight"}
+    assert sum(int((~m).sum()) for m in masks.values()) == 24
+    alone = nn.Module()
+    alone.register_parameter("nothing", nn.Parameter(torch.empty(0, 5)))
+    with pytest.raises(PruningError, match="no weights to prune"):
+        prune_weights(alone, 0.5)
+
+
+def test_a_sum_that_overflows_is_no_divergence() -> None:
+    layer = nn.Linear(50, 40).half()
+    with torch.no_grad():
+        layer.weight.fill_(60000)
+    assert int((~prune_weights(layer, 0.5)["weight"]).sum()) == 1000
 
 
 @pytest.mark.parametrize(
@@ -524,12 +549,10 @@ def test_masked_places_hold_a_positive_zero_and_nothing_else_changes(dtype: torc
     snapshot.assert_unchanged()
 
 
-def test_a_weight_that_is_no_number_and_goes_leaves_zero() -> None:
+def test_a_masked_weight_that_is_no_number_becomes_zero() -> None:
     layer = nn.Linear(3, 2)
     with torch.no_grad():
-        layer.weight.fill_(float("-inf"))
-    masks = prune_weights(layer, 0.5)
-    assert layer.weight[~masks["weight"]].tolist() == [0, 0, 0]
+        layer.weight.copy_(torch.tensor([[float("-inf"), float("inf"), float("nan")]] * 2))
     apply_masks({"w": layer.weight}, {"w": torch.zeros(2, 3, dtype=torch.bool)})
     assert layer.weight.tolist() == [[0, 0, 0], [0, 0, 0]]
 
