@@ -44,6 +44,11 @@ class Unseen:
         """The parts that it waits for."""
         return set(self._parts)
 
+    @property
+    def parameters(self) -> set[int]:
+        """Ids of their parameters."""
+        return {id(self._model.get_parameter(name)) for own in self._parts.values() for name in own}
+
     def know(self, unread: Collection[str]) -> list[str]:
         """A batch was watched: wait no longer for those of which it has read a parameter; these."""
         known = [path for path, own in self._parts.items() if not set(own).issubset(unread)]

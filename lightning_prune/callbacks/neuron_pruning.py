@@ -22,12 +22,12 @@ from lightning_prune.callbacks._structure import StructureCallback
 from lightning_prune.callbacks._unseen import Unseen
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.copies import tie_copies
+from lightning_prune.graph.copies import tie_copies, trained_by
 from lightning_prune.graph.groups import Groups, draw_groups
 from lightning_prune.graph.run import as_calls, named_tensors, traced
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.graph.verify import kept_masks
-from lightning_prune.pruning.criteria import Activation, Random, Taylor, collect_now, get_neuron_criterion
+from lightning_prune.pruning.criteria import UNTOLD, Activation, Random, Taylor, collect_now, get_neuron_criterion
 from lightning_prune.pruning.masks import HeldMasks, apply_masks
 from lightning_prune.pruning.neurons import Choice, check_compensate, latency_amount, remove_chosen
 from lightning_prune.pruning.plan import Plan
@@ -39,6 +39,9 @@ from lightning_prune.pruning.weight_criteria import mix_seed
 from lightning_prune.report.run import batch_size
 
 __all__ = ["NeuronPruning"]
+
+PATIENCE = 0.5
+"""Part of the amount until which, within the first epoch, the first removal waits for parts that have not run yet."""
 
 BATCHES = 4
 """Training batches that ``compensate`` looks at, where ``recalibrate`` doesn't ask for more."""
@@ -243,7 +246,7 @@ class NeuronPruning(StructureCallback):
         if restored.get("masked"):  # zero already, and perhaps needed as it is for a backward that is to come
             self._mask(pl_module, groups, _in_order(groups, restored["masked"], True))
         if isinstance(self._judge, Taylor) and restored.get("sums"):
-            self._judge.sums["total"] = _in_order(groups, restored["sums"], 0.0).double()
+            self._judge.sums["total"] = _in_order(groups, restored["sums"], UNTOLD).double()
 
     def _measure_latency(self, trainer: Any, pl_module: Any, groups: Groups, allowed: Tensor) -> float:
         """The fraction of the MACs that stands for the latency, as rank 0 measures it."""
@@ -265,7 +268,8 @@ class NeuronPruning(StructureCallback):
             raise PruningError(reason)
         return float(macs)
 
-    def _select(self, groups: Groups, allowed: Tensor, scores: Tensor, amount: float) -> Tensor:
+    def _select(self, groups: Groups, allowed: Tensor, scores: Tensor, amount: float, waiting: int = 0) -> Tensor:
+        """The neurons that stay; ``waiting``: how many of those that may go can't be judged yet."""
         assert self._dense is not None
         part = amount / self.amount if self.amount else 0.0
         asked = amount if self._latency_macs is None else part * self._latency_macs
@@ -275,7 +279,7 @@ class NeuronPruning(StructureCallback):
             allowed,
             self.amount if isinstance(self.scope, dict) else asked,
             self._judge,
-            dense=self._dense,
+            dense=replace(self._dense, neurons=self._dense.neurons - waiting),
             part=part,
             curves=self._curves,
             on_the_way=amount < self.amount,
@@ -405,13 +409,22 @@ class NeuronPruning(StructureCallback):
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         if self.groups_ is None and self._calls is not None:
             return  # no batch has run the model since another callback changed it
-        if self._misses and not _ends(trainer):
+        if (self._misses or self._expects(trainer)) and not _ends(trainer):
             return
         if self.groups_ is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
         now = self.remove == "progressive" or _ends(trainer)
         if self._part > self._pruned or (now and self._masked is not None):
+            told = self._judge.told(pl_module, self.groups_) | ~self._judge.judged(pl_module, self.groups_)
+            if not bool(told.all()) and not _ends(trainer) and not (trainer.is_last_batch and bool(told.any())):
+                return  # parts take turns, as in a GAN: wait for the others
             self._go(trainer, pl_module, amount, now)
+
+    def _expects(self, trainer: Any) -> bool:
+        """Whether parts that are trained have not run yet, and may still do so before anything goes."""
+        if self._unseen is None or self._pruned or self._part >= PATIENCE or trainer.is_last_batch:
+            return False
+        return not trained_by(trainer.optimizers).isdisjoint(self._unseen.parameters)
 
     def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
         """Choose what goes, and remove it now or only mask it."""
@@ -446,9 +459,16 @@ class NeuronPruning(StructureCallback):
             if self.scope == "sensitivity" and self._curves is None:
                 curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
                 self._curves = trainer.strategy.broadcast(curves)
+            waiting = allowed & ~self._judge.told(pl_module, groups)
+            allowed &= ~waiting
             rest = groups if bool(left.all()) else groups.without(left)
             alive = left.clone()
-            alive[left] = self._select(rest, allowed[left], scores[left], amount)
+            try:
+                alive[left] = self._select(rest, allowed[left], scores[left], amount, int(waiting.sum()))
+            except PruningError:
+                if not bool(waiting.any()) or _ends(trainer):
+                    raise
+                return left  # those that can't be judged yet are needed too
             agreed: Tensor = trainer.strategy.broadcast(alive)
             return agreed
 

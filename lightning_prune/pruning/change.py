@@ -48,4 +48,4 @@ def take(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
     result = tensor.detach()
     for dim, index in dims.items():
         result = result.index_select(dim, torch.as_tensor(index, device=tensor.device))
-    return result.contiguous()
+    return result if result.is_sparse else result.contiguous()

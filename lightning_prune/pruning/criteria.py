@@ -43,6 +43,10 @@ class NeuronCriterion:
         """The neurons that it can judge, bool (neurons,); the others stay."""
         return torch.ones(groups.neurons, dtype=torch.bool)
 
+    def told(self, model: nn.Module, groups: Groups) -> Tensor:
+        """Those of which enough has been collected to judge them now, bool (neurons,)."""
+        return self.judged(model, groups)
+
     def ready(self, model: nn.Module, groups: Groups) -> None:
         """Raise a PruningError if something that the scores need has not been collected, or nothing can be judged."""
         if not bool(self.judged(model, groups).any()):
@@ -207,6 +211,10 @@ def rows_of(weight: Tensor, part: Slice) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
+UNTOLD = -1.0
+"""Stands for the sum of a neuron that has had no gradient."""
+
+
 class Taylor(NeuronCriterion):
     """First-order change of the loss without the neuron: (sum of w · g over what makes it)², summed over batches.
 
@@ -255,10 +263,12 @@ class Taylor(NeuronCriterion):
             each = product.sum([d for d in range(product.dim()) if d != dim]) if product.dim() > 1 else product
             if told is None:
                 told = torch.zeros(groups.neurons, dtype=torch.float64, device=each.device)
+                fresh = torch.zeros_like(told, dtype=torch.bool)
             told.index_add_(0, units.to(each.device), each.double()[inside.to(each.device)].to(told.device))
+            fresh[units] = True
         if told is not None:
-            told = told.square_()
-            self.sums["total"] = told if "total" not in self.sums else self.sums["total"].to(told.device).add_(told)
+            total = self.sums.get("total", torch.full_like(told, UNTOLD)).to(told.device)
+            self.sums["total"] = torch.where(fresh, total.clamp(min=0) + told.square(), total)
 
     def ready(self, model: nn.Module, groups: Groups) -> None:
         """Raise a PruningError if there was no gradient."""
@@ -268,7 +278,12 @@ class Taylor(NeuronCriterion):
 
     def score(self, model: nn.Module, groups: Groups) -> Tensor:
         """(w · g)², summed over batches."""
-        return self.sums["total"].cpu().clone()
+        return self.sums["total"].cpu().clamp(min=0)
+
+    def told(self, model: nn.Module, groups: Groups) -> Tensor:
+        """Those that had a gradient."""
+        judged = self.judged(model, groups)
+        return judged & (self.sums["total"].cpu() >= 0) if "total" in self.sums else torch.zeros_like(judged)
 
 
 class Activation(NeuronCriterion):
@@ -370,6 +385,15 @@ class Activation(NeuronCriterion):
 
     def score(self, model: nn.Module, groups: Groups) -> Tensor:
         """Mean magnitude."""
+        total, count = self._collected(model, groups)
+        return total / count.clamp(min=1)
+
+    def told(self, model: nn.Module, groups: Groups) -> Tensor:
+        """Those whose layers have run."""
+        return self.judged(model, groups) & (self._collected(model, groups)[1] > 0)
+
+    def _collected(self, model: nn.Module, groups: Groups) -> tuple[Tensor, Tensor]:
+        """Sum of magnitudes, and of how many, per neuron."""
         total = torch.zeros(groups.neurons, dtype=torch.float64)
         count = torch.zeros_like(total)
         for key, unit_of in self._seen(model, groups)[0].items():
@@ -377,7 +401,7 @@ class Activation(NeuronCriterion):
                 inside, told = unit_of != NO_UNIT, self.sums[key].cpu()
                 total.index_add_(0, unit_of[inside], told[:-1][inside])
                 count.index_add_(0, unit_of[inside], told[-1:].expand(int(inside.sum())))
-        return total / count.clamp(min=1)
+        return total, count
 
     def forget(self) -> None:
         """Neurons are gone: collect anew."""

@@ -208,6 +208,7 @@ def prune_neurons(
         def choose(groups: Groups) -> Tensor:
             allowed = option.allowed(model, groups, judge)
             collect_now(judge, model, groups, groups.calls)
+            allowed &= judge.told(model, groups)
             scores, dense = judge.score(model, groups), measure_dense(groups, allowed)
             curves = option.curves(model, groups, scores, allowed, groups.calls)
 

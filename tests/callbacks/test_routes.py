@@ -1,12 +1,13 @@
 """Training in which not every batch runs all of the model."""
 
+import itertools
 import re
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_modules import LIGHTNING_WARNINGS, Task, fit, left_hooks, mlp, seeded
+from lightning_modules import LIGHTNING_WARNINGS, Spy, Task, fit, left_hooks, mlp, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -167,3 +168,36 @@ def test_a_run_in_which_no_removal_works_goes_on_and_says_why() -> None:
     with pytest.warns(NoEffectWarning, match=re.escape("expected 16 features")):
         fit(module, NeuronPruning(0.5, report=False), max_epochs=5)
     assert module.net[0].out_features == 16
+
+
+class TakingTurns(Task):
+    """Two networks with an optimizer each, one batch for the one, the next for the other."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(6, 12, 4), batches=8)
+        self.other = mlp(6, 12, 4)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        net, optimizer = list(zip((self.net, self.other), self.optimizers(), strict=True))[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(net.parameters(), 1e-2) for net in (self.net, self.other)]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "activation"])
+@pytest.mark.parametrize("every", [1, 3, "epoch"])
+def test_what_has_not_been_judged_yet_does_not_go(criterion: str, every: Any) -> None:
+    """A network without a gradient so far would have scores of zero, and lose all neurons."""
+    module = seeded(TakingTurns)
+    spy = Spy(on_train_batch_end=lambda *_: widths.append((module.net[0].out_features, module.other[0].out_features)))
+    widths: list[tuple[int, int]] = []
+    fit(module, NeuronPruning(0.5, criterion=criterion, every=every, start=0.0, report=False), spy, max_epochs=4)
+    assert sum(widths[-1]) == 12
+    assert min(widths[-1]) > 1
+    gone = [(a != c, b != d) for (a, b), (c, d) in itertools.pairwise(widths)]
+    assert any(one for one, _ in gone)
+    assert any(other for _, other in gone)

@@ -669,3 +669,27 @@ def test_chance_does_not_look_at_weights_and_is_uniform() -> None:
             parameter.zero_()
     torch.manual_seed(3)
     assert torch.equal(judge.score(model, groups), draws[0])
+
+
+def test_neurons_without_a_gradient_stay() -> None:
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for name in "ab"})
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return model["a"](x), model["b"](x)
+
+    model.forward = forward  # type: ignore[method-assign]
+    x = torch.randn(5, 4)
+    model["a"](x).sum().backward()
+    plan = prune_neurons(model, x, 0.25, criterion="taylor")
+    assert len(plan.kept["a.0.weight"][0]) == 6
+    assert model["b"][0].out_features == 8
+
+
+def test_sparse_gradients_follow() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Flatten(), nn.Linear(24, 3))
+    x = torch.randint(20, (4, 3))
+    model(x).sum().backward()
+    dense = model[0].weight.grad.to_dense()
+    plan = prune_neurons(model, x, 0.5)
+    assert model[0].weight.grad.is_sparse
+    assert torch.equal(model[0].weight.grad.to_dense(), dense[:, plan.kept["0.weight"][1]])
