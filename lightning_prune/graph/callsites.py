@@ -525,6 +525,22 @@ class Number(int):
     """
 
     told: Callable[[], Any]
+    counted_by: Callable[[Attribute], Any] | None = None
+    """Hears of an attribute that the forward finds equal: ``x.size(1) == self.width``."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        if equal is True and isinstance(other, Number):
+            for one, attribute in ((self, other), (other, self)):
+                if one.counted_by is not None and isinstance(attribute, Attribute):
+                    one.counted_by(attribute)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        equal = self == other
+        return equal if equal is NotImplemented else not equal
 
     def _number(self) -> int:
         self.told()
@@ -579,10 +595,10 @@ class Attribute(Number):
     __rmul__ = __mul__
 
 
-def watched_size(size: int, told: Callable[[], Any]) -> Number:
-    """A size of a tensor that tells when it is calculated with."""
+def watched_size(size: int, told: Callable[[], Any], counted_by: Callable[[Attribute], Any] | None = None) -> Number:
+    """A size of a tensor that tells when it is calculated with, and when it is found to equal an attribute."""
     number = Number(size)
-    number.told = told
+    number.told, number.counted_by = told, counted_by
     return number
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.graph.callsites import CallSite, ModuleCall
-from lightning_prune.graph.labels import Solution
+from lightning_prune.graph.labels import CALCULATES, Solution
 from lightning_prune.graph.run import as_calls, check_model, no_collection, traced
 from lightning_prune.graph.trace import AttributeSite, Leaf, Trace
 
@@ -376,9 +376,18 @@ class Groups(Sequence[Group]):
         }
 
     def refuse(self, reasons: Mapping[int, str]) -> Groups:
-        """The groups if some of the prunable ones can't go as they are: along another axis, or not at all."""
+        """The groups if some of the prunable ones can't go as they are: along another axis, or not at all.
+
+        A reason that says that their number is calculated with makes them approximate.
+        """
         if self.origin is None:
-            return self._freeze(reasons)
+            mixed = {number: reason for number, reason in reasons.items() if reason.startswith(CALCULATES)}
+            changed = (
+                replace(group, mixing=(*group.mixing, mixed[number])) if number in mixed else group
+                for number, group in enumerate(self.prunable)
+            )
+            groups = replace(self, groups=(*changed, *self.frozen))
+            return groups._freeze({number: reason for number, reason in reasons.items() if number not in mixed})
         for number, reason in reasons.items():
             neurons = self.ranges[number]
             roots = self.origin.roots[neurons.start : neurons.stop]

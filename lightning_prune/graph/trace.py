@@ -24,7 +24,7 @@ from lightning_prune.graph.callsites import (
     marked_attributes,
     watched_size,
 )
-from lightning_prune.graph.labels import Dims, LabelBook
+from lightning_prune.graph.labels import CALCULATES, Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction, input_of
 from lightning_prune.graph.tree import tensors
@@ -392,13 +392,18 @@ class Tracer:
         def watched(number: int, *dims: Tensor | None) -> int:
             if all(labels is None for labels in dims):
                 return number
-            reason = f"calculates with its size in {self._stack.path or 'the model itself'}"
+            reason = f"{CALCULATES}{self._stack.path or 'the model itself'}"
 
             def told() -> None:
                 for labels in dims:
                     self.trace.book.mix(labels, reason)
 
-            return watched_size(number, told)
+            def counted_by(attribute: Attribute) -> None:
+                (labels,) = dims
+                if labels is not None:
+                    self._attribute_counts(attribute, labels)
+
+            return watched_size(number, told, counted_by if len(dims) == 1 else None)
 
         if dim:
             return watched(size, known[dim[0]])
@@ -430,15 +435,17 @@ class Tracer:
                 self.trace.book.freeze(labels, "its size is written outside any module's forward")
                 continue
             if isinstance(given[place], Attribute):
-                marked = given[place]
-                read_from = AttributeSite(marked.module, marked.name, marked.place)
-                self.trace.attributes.setdefault(read_from, []).append((labels, marked.factor))
+                self._attribute_counts(given[place], labels)
             known_labels = self.trace.sized.setdefault((site, place), labels)
             if len(known_labels) == len(labels):  # the module runs more than once: one patch must serve all runs
                 self.trace.book.unify(known_labels, labels, "")
             else:
                 for different in (known_labels, labels):
                     self.trace.book.freeze(different, f"{site.function} in {site.module} has varying sizes")
+
+    def _attribute_counts(self, attribute: Attribute, labels: Tensor) -> None:
+        site = AttributeSite(attribute.module, attribute.name, attribute.place)
+        self.trace.attributes.setdefault(site, []).append((labels, attribute.factor))
 
     def _labels_of(self, tensor: Tensor) -> Dims:
         return self._dims_of(tensor) or (None,) * tensor.dim()

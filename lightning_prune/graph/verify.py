@@ -17,7 +17,20 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import named_tensors, same_buffers
 from lightning_prune.graph.tree import leaves
 
-__all__ = ["TOLERANCE", "MaskedModel", "compare_outputs", "compare_shapes", "kept_masks", "masked_tensors"]
+__all__ = [
+    "TOLERANCE",
+    "MaskedModel",
+    "OutputsDifferError",
+    "compare_outputs",
+    "compare_shapes",
+    "kept_masks",
+    "masked_tensors",
+]
+
+
+class OutputsDifferError(SurgeryError):
+    """The pruned model gives other values than the masked one."""
+
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, relative to the largest output, by dtype: rounding differs with the shapes."""
@@ -235,7 +248,8 @@ def compare_outputs(expected: Any, actual: Any) -> None:
     """Check that two trees of outputs agree up to rounding.
 
     Raises:
-        SurgeryError: They differ in structure, shape or value; the message says where and how much.
+        OutputsDifferError: They differ in value; the message says where and how much.
+        SurgeryError: They differ in structure or shape.
     """
     compare_shapes(expected, actual)
     for number, (a, b) in enumerate(zip(leaves(expected), leaves(actual), strict=True)):
@@ -247,6 +261,6 @@ def compare_outputs(expected: Any, actual: Any) -> None:
         largest = a[finite].abs().max().item() if bool(finite.any()) else 0.0
         worst = (a[finite] - b[finite]).abs().max().item() if bool(finite.any()) else 0.0
         if not torch.equal(a.isfinite(), b.isfinite()) or worst > TOLERANCE.get(a.dtype, 1e-3) * largest:
-            raise SurgeryError(
+            raise OutputsDifferError(
                 f"output {number} differs from the masked model's by {worst:.3g} (largest value {largest:.3g})"
             )
