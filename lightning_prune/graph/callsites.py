@@ -60,6 +60,23 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+Size = int | tuple[int, ...]
+"""What stands at a place of a call: a size, or a list of indices."""
+
+
+def _as_data(size: Size | None) -> int | list[int] | None:
+    return list(size) if isinstance(size, tuple) else size
+
+
+def _as_size(data: Any) -> Size:
+    return tuple(int(item) for item in data) if isinstance(data, (list, tuple)) else int(data)
+
+
+def _is(given: Any, size: Size) -> bool:
+    """Whether a call asks for a size; what a tensor of indices holds is not looked at in a forward."""
+    return not isinstance(given, Tensor) and bool(given == size)
+
+
 @dataclass(frozen=True, order=True)
 class CallSite:
     """The ``call``-th call (from 0) of ``function`` while the forward of the module at ``module`` runs."""
@@ -72,6 +89,8 @@ class CallSite:
 @dataclass(frozen=True)
 class SizePatch:
     """At ``site``, the size at place ``dim`` among those that the call asks for is to be ``size``.
+
+    A list of indices that the call picks counts as one size, a tuple.
 
     A forward need not make the same calls each time: one more in training mode, another number of turns of a loop.
     So a patch tells its call by what it asks for and of which tensor, and by its number only where that is not enough.
@@ -89,8 +108,8 @@ class SizePatch:
 
     site: CallSite
     dim: int
-    size: int
-    asked: int | None = field(default=None, compare=False)
+    size: Size
+    asked: Size | None = field(default=None, compare=False)
     of: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     ranks: tuple[int, int] = field(default=(-1, -1), compare=False)
     calls: int = field(default=0, compare=False)
@@ -100,7 +119,7 @@ class SizePatch:
         """Whether a call that asks for these sizes of a tensor of this shape is one that the patch is for."""
         if any(own not in (-1, other) for own, other in zip(self.ranks, (len(asked), len(shape)), strict=True)):
             return False
-        if self.asked is not None and (self.dim >= len(asked) or asked[self.dim] != self.asked):
+        if self.asked is not None and not (self.dim < len(asked) and _is(asked[self.dim], self.asked)):
             return False
         return all(-len(shape) <= dim < len(shape) and shape[dim] == size for dim, size in self.of)
 
@@ -108,7 +127,12 @@ class SizePatch:
         """As plain data."""
         site = self.site
         data: dict[str, Any] = {"module": site.module, "function": site.function, "call": site.call}
-        data |= {"dim": self.dim, "size": self.size, "asked": self.asked, "of": [list(each) for each in self.of]}
+        data |= {
+            "dim": self.dim,
+            "size": _as_data(self.size),
+            "asked": _as_data(self.asked),
+            "of": [list(each) for each in self.of],
+        }
         data |= {"ranks": list(self.ranks), "calls": self.calls}
         return data if self.before is None else data | {"before": self.before.to_dict()}
 
@@ -122,8 +146,8 @@ class SizePatch:
         return cls(
             site,
             int(data["dim"]),
-            int(data["size"]),
-            None if asked is None else int(asked),
+            _as_size(data["size"]),
+            None if asked is None else _as_size(asked),
             tuple((int(dim), int(size)) for dim, size in data["of"]),
             (int(data["ranks"][0]), int(data["ranks"][1])),
             int(data["calls"]),
@@ -268,13 +292,13 @@ class SizeRewriter(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], shape: Sequence[int]) -> dict[int, int]:
+def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], shape: Sequence[int]) -> dict[int, Size]:
     """The sizes to write in the ``number``-th call of a function, by place.
 
     Raises:
         PruningError: Several patches fit it, but it is none of the calls that were traced.
     """
-    fitting: dict[int, dict[int, int]] = {}
+    fitting: dict[int, dict[int, Size]] = {}
     sure = True
     for patch in patches:
         if patch.fits(asked, shape):
@@ -478,7 +502,7 @@ class SizeChecker(TorchFunctionMode):
     def __init__(
         self,
         stack: ModuleStack,
-        expected: Mapping[CallSite, Mapping[int, int]],
+        expected: Mapping[CallSite, Mapping[int, Size]],
         free: Collection[tuple[CallSite, int]] = (),
     ) -> None:
         super().__init__()
@@ -487,7 +511,7 @@ class SizeChecker(TorchFunctionMode):
         self.free = free
         self.asked: dict[CallSite, dict[int, Any]] = {}
         self.ranks: dict[CallSite, tuple[int, int]] = {}
-        self.wrong: dict[CallSite, dict[int, int]] = {}
+        self.wrong: dict[CallSite, dict[int, Size]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -498,10 +522,14 @@ class SizeChecker(TorchFunctionMode):
         if name is not None and site is not None:
             kind = SIZED_FUNCTIONS[name]
             given = dict(enumerate(kind.read(args, kwargs)))
-            self.asked[site] = given
+            self.asked[site] = dict(given)
             self.ranks[site] = (-1 if kind.together else len(given), len(shape_of_input(args, kwargs)))
             expected = self.expected.get(site)
             if expected:
+                for at in expected.keys() & given.keys():
+                    if isinstance(given[at], Tensor) and isinstance(expected[at], tuple):
+                        found = kind.picked(args, kwargs).get(at)
+                        given[at] = () if found is None else tuple(found[1].tolist())
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
                 if not kind.together:
                     wrong = {at: size for at, size in wrong.items() if (site, at) not in self.free}
@@ -679,15 +707,17 @@ class CallRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = kind_of(func)
         if name is None:
-            for item in (*args, *kwargs.values()):
+            for item in () if func is torch.arange else (*args, *kwargs.values()):
                 if isinstance(item, Number):  # such as x * self.width
                     item.told()
             result = func(*args, **kwargs)
+            if func in _SHAPED_LIKE:
+                self.listener.shaped_like(result, args[1] if len(args) > 1 else kwargs["other"])
             if func in _SIZE_READERS:
                 return self.listener.size_read(args[0], result, (*args[1:], *kwargs.values()))
             return result
         kind, site = SIZED_FUNCTIONS[name], self.stack.site(name)
-        with self.listener.calling(kind, site):
+        with self.listener.calling(kind, site, args, kwargs):
             result = func(*args, **kwargs)
         self.listener.called(kind, site, args, kwargs, result)
         return result
@@ -696,13 +726,21 @@ class CallRecorder(TorchFunctionMode):
 _SIZE_READERS = (Tensor.size, Tensor.shape.__get__, Tensor.numel, Tensor.nelement, torch.numel)  # type: ignore[attr-defined]
 
 
+_SHAPED_LIKE = (Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+
+
 class CallListener(Protocol):
     """Who wants to know of sized calls."""
+
+    def shaped_like(self, result: Tensor, other: Tensor) -> None:
+        """A tensor took the shape of another."""
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """A size was read; what the forward gets in its place."""
 
-    def calling(self, kind: SizedFunction, site: CallSite | None) -> AbstractContextManager[None]:
+    def calling(
+        self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
         """The call runs inside."""
 
     def called(

@@ -17,6 +17,7 @@ from lightning_prune.graph.callsites import (
     CallSite,
     ModuleCall,
     ModuleStack,
+    Size,
     SizeChecker,
     SizePatch,
     install_patches,
@@ -695,7 +696,7 @@ def _patch_sizes(
 def _patch(
     place: tuple[CallSite, int],
     before: SizePatch | None,
-    sizes: Mapping[CallSite, Mapping[int, int]],
+    sizes: Mapping[CallSite, Mapping[int, Size]],
     groups: Groups,
     alive: Tensor,
     checker: SizeChecker,
@@ -704,15 +705,18 @@ def _patch(
     site, dim = place
     extent, asked = groups.sized.get(place), checker.asked.get(site)
     size = checker.wrong.get(site, {}).get(dim, sizes[site][dim])
-    right = asked is not None or extent is None or size == len(extent.unit_of)
+    whole: Size | None = None if extent is None else len(extent.unit_of)
+    if place in groups.picked:
+        whole = groups.picked[place][1]
+    right = asked is not None or whole is None or size == whole
     if before is None and right and dim not in checker.wrong.get(site, {}):
         return None
     if size == -1 and (extent is None or extent.repeats):  # it may be a multiple of the batch
         own = None
     elif asked is not None:
-        own = asked.get(dim)
+        own = None if isinstance(asked.get(dim), Tensor) else asked.get(dim)
     else:
-        own = before.asked if before is not None else len(extent.unit_of) if extent is not None else None
+        own = before.asked if before is not None else None if place in groups.picked else whole
     calls = checker.stack.calls.get((site.module, site.function), 0 if before is None else before.calls)
     ranks = checker.ranks.get(site, (-1, -1) if before is None else before.ranks)
     patch = SizePatch(site, dim, size, own, groups.read_of(site, alive), ranks, calls, before)

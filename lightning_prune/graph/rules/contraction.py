@@ -39,16 +39,24 @@ def convolution(call: Call) -> Dims:
 
 def _position(call: Call, dim: int, labels: Tensor | None) -> Tensor | None:
     """A kernel of one place leaves positions to themselves; any other mixes them."""
-    alone = (call.args[1].size(2 + dim), call.args[3][dim % len(call.args[3])], call.args[4][dim % len(call.args[4])])
-    if alone == (1, 1, 0):
+    size, stride = call.args[1].size(2 + dim), call.args[3][dim % len(call.args[3])]
+    if (size, stride, call.args[4][dim % len(call.args[4])]) == (1, 1, 0):
         return labels
+    if labels is not None and stride == 1 and call.out.size(2 + dim) == len(labels):  # over channels as positions: ECA
+        call.mix(labels)
+        return call.book.fill(labels)
     call.freeze(labels, "convolves over it")
     return None
 
 
 def _grouped(call: Call, read: Tensor | None, made: Tensor | None, inside: Tensor | None) -> Tensor | None:
+    return _grouped_by(call, call.args[8], read, made, inside)
+
+
+def _grouped_by(
+    call: Call, groups: int, read: Tensor | None, made: Tensor | None, inside: Tensor | None
+) -> Tensor | None:
     """Whole groups go, with what they read and make; or the same places in all groups."""
-    groups: int = call.args[8]
     group = _groups_of(call, read, inside, groups)
     if made is None:  # a weight from outside
         call.freeze(group, "reads a weight of fixed size")
@@ -131,6 +139,34 @@ def _plus(call: Call, bias: Tensor, result: Sequence[Tensor | None]) -> Dims:
         common = call.unify(labels, own)
         found.append(own if common is not None and own is not None and call.book.is_filled(own) else common)
     return tuple(found)
+
+
+@rule("torchvision::deform_conv2d")
+def deformable(call: Call) -> Dims:
+    """A convolution that reads where the offsets say; these come in channels of a fixed number."""
+    x, weight, offset, mask, bias = call.args[:5]
+    groups, parts = call.args[11], call.args[12]
+    (batch, read, *positions), w_dims = call.dims(x), call.dims(weight)
+    for labels in positions:
+        call.freeze(labels, "convolves over it")
+    for kernel in w_dims[2:]:
+        call.book.freeze(kernel, "")
+    for tensor in (offset, mask):
+        if tensor.numel():
+            own = call.dims(tensor)
+            batch = call.unify(batch, own[0])
+            for labels in own[1:]:
+                call.freeze(labels, "says where to read")
+    if parts > 1 and read is not None:  # each part of the channels reads at places of its own
+        call.book.freeze(call.book.split(read.view(parts, -1), str(call))[0], "")
+    if groups > 1:
+        made = _grouped_by(call, groups, read, w_dims[0], w_dims[1])
+    else:
+        call.contract(read, w_dims[1])
+        made = w_dims[0]
+        call.book.produce(made)
+    call.cost(w_dims[0], w_dims[1], batch)
+    return (call.book.fill(batch), call.unify(made, call.dims(bias)[0]), None, None)
 
 
 @rule(aten.mm, aten.bmm)
