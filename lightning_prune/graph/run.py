@@ -113,18 +113,20 @@ def _version(tensor: Tensor) -> int | None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the model's mode, buffers and the random state are put back afterwards."""
+    """Whatever runs inside, the model's mode, what a forward writes to and the random state are put back afterwards."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in model.buffers()]
+    renormed = (m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None)  # by each forward
+    written = [*model.buffers(), *(weight for weight in renormed if isinstance(weight, Tensor))]
+    before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in written]
     devices = [device.index or 0 for device in cuda_devices(model)]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in buffers:
-                if version is None or _version(buffer) != version:  # a backward that is to come may need it as it is
-                    buffer.copy_(value)
+            for tensor, value, version in before:
+                if version is None or _version(tensor) != version:  # a backward that is to come may need it as it is
+                    tensor.copy_(value)
         for module, mode in modes.items():
             module.training = mode
 

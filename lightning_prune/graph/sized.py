@@ -234,12 +234,10 @@ def _as_indices(given: Any, size: int) -> Tensor:
 
 
 def _bound(bound: Any, size: int) -> Any:
-    """A bound as a number of indices before it; None where it is the end or no plain integer."""
+    """A bound as a number of indices before it, which may be more than there are; None where it is no plain integer."""
     if not _is_size(bound):
         return None
-    if bound < 0:
-        return max(bound + size, 0)
-    return bound if bound < size else None
+    return max(bound + size, 0) if bound < 0 else bound
 
 
 def _item_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
@@ -285,7 +283,7 @@ def _item_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, T
     for number, (_, _, dim) in enumerate(_elements(args)):
         labels = dims(args[0])[dim]
         for place in (2 * number, 2 * number + 1):
-            if labels is not None and sizes[place]:
+            if labels is not None and sizes[place] and sizes[place] < len(labels):
                 found[place] = labels[: sizes[place]]
     return found
 

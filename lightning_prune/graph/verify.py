@@ -219,15 +219,20 @@ class MaskedModel:
 
 
 def _norm_over(module: Any, index: Tensor, x: Tensor) -> Tensor:
-    """A norm over some of the features of x (..., features) only; the others become zero."""
-    index = index.to(x.device)
-    weight = module.weight[index]
+    """A norm over some of the features of x (..., features) only; the others become zero.
+
+    It makes the one call that the norm itself makes: the modules around it count calls.
+    """
+    with torch._C.DisableTorchFunction():
+        index = index.to(x.device)
+        weight, some = module.weight[index], x[..., index]
+        bias = None if getattr(module, "bias", None) is None else module.bias[index]
     if isinstance(module, nn.LayerNorm):
-        bias = None if module.bias is None else module.bias[index]
-        part = F.layer_norm(x[..., index], (len(index),), weight, bias, module.eps)
+        part = F.layer_norm(some, (len(index),), weight, bias, module.eps)
     else:
-        part = F.rms_norm(x[..., index], (len(index),), weight, module.eps)
-    return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part)
+        part = F.rms_norm(some, (len(index),), weight, module.eps)
+    with torch._C.DisableTorchFunction():
+        return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part)
 
 
 def compare_shapes(expected: Any, actual: Any) -> None:

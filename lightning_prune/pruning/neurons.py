@@ -419,7 +419,8 @@ def _attempt(
         change = shrink(model, kept, optimizers, counts=counts, numbers=_numbers(model, groups, alive, kept, tensors))
         change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
-            patches = check.passes(model, groups, alive)
+            with undisturbed(model):
+                patches = check.passes(model, groups, alive)
         except BaseException as error:
             numbers = numbers_of(model, check.calls) if explain and isinstance(error, OutputsDifferError) else None
             change.undo()

@@ -250,6 +250,7 @@ def distance(call: Call) -> Dims:
     """Distances of all pairs of rows: a masked feature adds nothing."""
     (*b, n, k), (*b2, m, k2) = call.dims(call.args[0]), call.dims(call.args[1])
     call.contract(k, k2)
+    _passes(call, call.args[0], call.args[1], (n, k, m))
     if len(b) == len(b2):
         batch = [call.unify(one, other) for one, other in zip(b, b2, strict=True)]
     else:

@@ -529,6 +529,9 @@ def index(call: Call) -> Dims:
     shape = torch.broadcast_shapes(*(each.shape for each in given if each is not None))
     together = places == list(range(places[0], places[-1] + 1))
     rest = [labels for dim, labels in enumerate(dims) if dim not in places]
+    if call.static(source) and not all(call.static(each) for each in given if each is not None):  # as an embedding does
+        for labels in rest:
+            call.book.produce(labels)
     front = places[0] if together else 0
     picked: list[Tensor | None] = [None] * len(shape)
     for dim in places:
