@@ -226,6 +226,8 @@ class ModuleStack:
 
         @torch._dynamo.disable  # type: ignore[untyped-decorator]
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module not in paths:  # a copy that the forward makes: copies have the hooks too
+                return
             # Lightning sends training_step through DDP by putting a plain function in forward's place for
             # one call; such a call is not the module's own forward and can't be repeated as one.
             redirected = isinstance(module.__dict__.get("forward"), FunctionType)
@@ -494,6 +496,7 @@ class SizeChecker(TorchFunctionMode):
         stack: The modules of the model that runs.
         expected: The sizes that calls should ask for, by place.
         free: Places that no removal changes: what the forward asks for there, such as a number of boxes, is right.
+        varying: Places whose size may be a multiple of the batch, or of an image's size: torch infers it, where it can.
         asked: What the forward asked for in each call that it made, by place.
         ranks: How many sizes that was, and of how many dimensions.
         wrong: What to write in calls that asked for something else.
@@ -504,11 +507,13 @@ class SizeChecker(TorchFunctionMode):
         stack: ModuleStack,
         expected: Mapping[CallSite, Mapping[int, Size]],
         free: Collection[tuple[CallSite, int]] = (),
+        varying: Collection[tuple[CallSite, int]] = (),
     ) -> None:
         super().__init__()
         self.stack = stack
         self.expected = expected
         self.free = free
+        self.varying = varying
         self.asked: dict[CallSite, dict[int, Any]] = {}
         self.ranks: dict[CallSite, tuple[int, int]] = {}
         self.wrong: dict[CallSite, dict[int, Size]] = {}
@@ -535,8 +540,10 @@ class SizeChecker(TorchFunctionMode):
                     wrong = {at: size for at, size in wrong.items() if (site, at) not in self.free}
                 if kind.together and (wrong or len(given) != len(expected)):
                     wrong = dict(expected)
-                if kind.infers and len(wrong) == 1 and -1 not in given.values():
-                    wrong = dict.fromkeys(wrong, -1)
+                if kind.infers and wrong and -1 not in given.values():
+                    left = wrong if len(wrong) == 1 else [at for at in wrong if (site, at) in self.varying]
+                    if len(left) == 1:
+                        wrong |= dict.fromkeys(left, -1)
                 if wrong:
                     self.wrong.setdefault(site, {}).update(wrong)
                     func, args, kwargs = kind.write(func, args, kwargs, wrong)

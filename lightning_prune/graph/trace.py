@@ -308,7 +308,10 @@ class Tracer:
         found = find_rule(func)
         result: Any = None
         if found is not None:
-            result = found(call)
+            try:
+                result = found(call)
+            except Exception as error:  # a rule that doesn't know this way of calling: nothing is known of the result
+                call.freeze_all(f"the rule of {func} raised {type(error).__name__}: {error} ({call})")
         elif func.namespace not in _COLLECTIVES:  # those of DDP change no shape
             call.freeze_all(f"no rule for {func} ({call})")
         self._note(call, result, static, gradients)

@@ -684,7 +684,8 @@ def _patch_sizes(
     remove_patches(model)
     stack = ModuleStack(model)
     free = {place for place, extent in groups.sized.items() if extent.fixed and place not in installed}
-    checker = SizeChecker(stack, sizes, free)
+    varying = {place for place, extent in groups.sized.items() if extent.repeats}
+    checker = SizeChecker(stack, sizes, free, varying)
     with stack.watch(), checker:
         outputs = run_calls(model, calls)
     places = [(site, dim) for site, dims in sizes.items() for dim in dims]
