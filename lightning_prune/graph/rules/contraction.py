@@ -175,6 +175,29 @@ def mm(call: Call) -> Dims:
     return tuple(_product(call, call.args[0], call.args[1]))
 
 
+def grouped_mm(call: Call) -> Dims:
+    """Products of runs of rows with a matrix each, as a mixture of experts makes: the matrices stay."""
+    first, second = call.args[:2]
+    one, two = call.dims(first), call.dims(second)
+    if first.dim() == second.dim() == 3:
+        return tuple(_product(call, first, second))
+    if first.dim() == second.dim() == 2:  # the runs are of what is summed over
+        for labels in (one[1], two[0]):
+            call.freeze(labels, "falls into groups")
+        _passes(call, first, second, (one[0], None, two[1]))
+        return (None, one[0], two[1])
+    for labels in (*one[:-2], *two[:-2]):
+        call.freeze(labels, "is a group by itself")
+    rows, columns = one[-2], two[-1]
+    read = call.contract(one[-1], two[-2])
+    _passes(call, first, second, (rows, read, columns))
+    bias = call.arg(3, "bias")
+    return (rows, columns if bias is None else call.unify(columns, call.dims(bias)[-1]))
+
+
+aten_family(grouped_mm, ["_grouped_mm"])
+
+
 @rule(aten.addmm, aten.baddbmm)
 def addmm(call: Call) -> Dims:
     """Matrix product with an added term that broadcasts."""
