@@ -268,7 +268,8 @@ class Groups(Sequence[Group]):
     def sizes(self, alive: Tensor) -> dict[CallSite, dict[int, Size]]:
         """The size that each sized call is to ask for, per dimension, when only ``alive`` neurons stay."""
         result: dict[CallSite, dict[int, Size]] = {}
-        sites = {site for (site, _), extent in self.sized.items() if not extent.fixed}
+        # Where a padding is what is missing to a fixed width, it grows as the input shrinks.
+        sites = {site for (site, _), extent in self.sized.items() if not extent.fixed or site.function == "pad"}
         for (site, dim), extent in self.sized.items():
             if site in sites:
                 result.setdefault(site, {})[dim] = len(extent.kept(alive))

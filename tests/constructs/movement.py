@@ -352,6 +352,12 @@ for name, op, reads in (
     ("complex_from_polar", lambda x: torch.polar(x.abs(), x).real, 8),
     ("eye_written", lambda x: torch.einsum("bchw,cd->bdhw", x, torch.eye(8, dtype=x.dtype)), 8),
     ("triangle_of_ones", lambda x: torch.einsum("bchw,cd->bdhw", x, torch.ones(8, 8, dtype=x.dtype).triu()), 8),
+    ("directions", lambda x: torch.linalg.cross(x[:, :, :3], x[:, :, 3:], dim=2), 8),
+    ("quantile_of_space", lambda x: x - x.flatten(2).quantile(0.5, -1)[..., None, None], 8),
+    ("squeezed_in_place", lambda x: x * x.mean((2, 3), keepdim=True).clone().squeeze_(-1).unsqueeze_(-1), 8),
+    ("buckets", lambda x: x * (torch.bucketize(x, torch.tensor([-0.5, 0.0, 0.5], dtype=x.dtype)) + 1), 8),
+    ("searched", lambda x: x * torch.searchsorted(torch.tensor([-0.5, 0.5], dtype=x.dtype), x), 8),
+    ("pad_channels_to_a_width", lambda x: F.pad(x, (0, 0, 0, 0, 0, 12 - x.size(1))), 12),
     ("expand_as_of_sum", lambda x: x.sum(1, keepdim=True).expand_as(x), 8),
 ):
     construct(name, conv_net(op, reads=reads), SMALL)

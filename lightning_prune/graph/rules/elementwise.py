@@ -51,6 +51,20 @@ def pointwise(call: Call) -> list[Dims]:
     return [tuple(result) if out.dim() == rank else (None,) * out.dim() for out in outs]
 
 
+def cross(call: Call) -> Dims | None:
+    """Index by index but for the dimension of three."""
+    first, second = call.args[:2]
+    if first.shape != second.shape:
+        call.freeze_all(f"broadcasts ({call})")
+        return None
+    dims = [call.unify(one, other) for one, other in zip(call.dims(first), call.dims(second), strict=True)]
+    along = call.kwargs.get("dim", -1)
+    call.freeze(dims[along], "turns it into another direction")
+    dims[along] = None
+    return tuple(dims)
+
+
+aten_family(cross, ["linalg_cross"])
 aten_family(
     pointwise,
     [

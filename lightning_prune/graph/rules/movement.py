@@ -144,7 +144,20 @@ def unsqueeze(call: Call) -> Dims:
     return tuple(dims)
 
 
-@rule(aten.squeeze, aten.squeeze_)
+@rule(aten.squeeze_)
+def squeeze_(call: Call) -> Dims | None:
+    """The same in place: the tensor has its new shape already."""
+    dims = call.dims(call.args[0])
+    given = call.arg(1, "dim")
+    if call.out.dim() == len(dims):
+        return dims
+    if not isinstance(given, int):
+        call.freeze_all(f"drops dimensions in place ({call})")
+        return None
+    return tuple(labels for dim, labels in enumerate(dims) if dim != given % len(dims))
+
+
+@rule(aten.squeeze)
 def squeeze(call: Call) -> Dims:
     """Dimensions of one index, which have no labels, go."""
     source: Tensor = call.args[0]
@@ -693,6 +706,21 @@ def _row(places: Tensor, dim: int) -> Tensor | None:
     """The indices along a dimension, if they are the same wherever in the others."""
     row = places[tuple(slice(None) if at == dim else slice(0, 1) for at in range(places.dim()))]
     return row.flatten() if torch.equal(row.expand_as(places), places) else None
+
+
+@rule(aten.bucketize, aten.searchsorted)
+def bucketize(call: Call) -> Dims:
+    """Where each value lies between bounds, which stay."""
+    values, bounds = call.args[:2] if call.func.overloadpacket is aten.bucketize else reversed(call.args[:2])
+    if not isinstance(values, Tensor):
+        return ()
+    for labels in call.dims(bounds):
+        call.freeze(labels, "orders or searches")
+    if bounds.dim() > 1:  # each row has bounds of its own
+        for labels in call.dims(values):
+            call.freeze(labels, "orders or searches")
+        return (None,) * values.dim()
+    return tuple(map(call.book.fill, call.dims(values)))
 
 
 def along_one(call: Call) -> list[Dims]:
