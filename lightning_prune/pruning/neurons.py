@@ -683,7 +683,11 @@ def _patch_sizes(
         sizes.setdefault(site, {}).setdefault(dim, patch.size)
     remove_patches(model)
     stack = ModuleStack(model)
-    free = {place for place, extent in groups.sized.items() if extent.fixed and place not in installed}
+    free = {
+        place
+        for place, extent in groups.sized.items()
+        if extent.fixed and place not in installed and place[0].function != "pad"  # what is missing to a width grows
+    }
     varying = {place for place, extent in groups.sized.items() if extent.repeats}
     checker = SizeChecker(stack, sizes, free, varying)
     with stack.watch(), checker:
