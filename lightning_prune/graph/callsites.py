@@ -60,6 +60,23 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+Size = int | tuple[int, ...]
+"""What stands at a place of a call: a size, or a list of indices."""
+
+
+def _as_data(size: Size | None) -> int | list[int] | None:
+    return list(size) if isinstance(size, tuple) else size
+
+
+def _as_size(data: Any) -> Size:
+    return tuple(int(item) for item in data) if isinstance(data, (list, tuple)) else int(data)
+
+
+def _is(given: Any, size: Size) -> bool:
+    """Whether a call asks for a size; what a tensor of indices holds is not looked at in a forward."""
+    return not isinstance(given, Tensor) and bool(given == size)
+
+
 @dataclass(frozen=True, order=True)
 class CallSite:
     """The ``call``-th call (from 0) of ``function`` while the forward of the module at ``module`` runs."""
@@ -72,6 +89,8 @@ class CallSite:
 @dataclass(frozen=True)
 class SizePatch:
     """At ``site``, the size at place ``dim`` among those that the call asks for is to be ``size``.
+
+    A list of indices that the call picks counts as one size, a tuple.
 
     A forward need not make the same calls each time: one more in training mode, another number of turns of a loop.
     So a patch tells its call by what it asks for and of which tensor, and by its number only where that is not enough.
@@ -89,8 +108,8 @@ class SizePatch:
 
     site: CallSite
     dim: int
-    size: int
-    asked: int | None = field(default=None, compare=False)
+    size: Size
+    asked: Size | None = field(default=None, compare=False)
     of: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     ranks: tuple[int, int] = field(default=(-1, -1), compare=False)
     calls: int = field(default=0, compare=False)
@@ -100,7 +119,7 @@ class SizePatch:
         """Whether a call that asks for these sizes of a tensor of this shape is one that the patch is for."""
         if any(own not in (-1, other) for own, other in zip(self.ranks, (len(asked), len(shape)), strict=True)):
             return False
-        if self.asked is not None and (self.dim >= len(asked) or asked[self.dim] != self.asked):
+        if self.asked is not None and not (self.dim < len(asked) and _is(asked[self.dim], self.asked)):
             return False
         return all(-len(shape) <= dim < len(shape) and shape[dim] == size for dim, size in self.of)
 
@@ -108,7 +127,12 @@ class SizePatch:
         """As plain data."""
         site = self.site
         data: dict[str, Any] = {"module": site.module, "function": site.function, "call": site.call}
-        data |= {"dim": self.dim, "size": self.size, "asked": self.asked, "of": [list(each) for each in self.of]}
+        data |= {
+            "dim": self.dim,
+            "size": _as_data(self.size),
+            "asked": _as_data(self.asked),
+            "of": [list(each) for each in self.of],
+        }
         data |= {"ranks": list(self.ranks), "calls": self.calls}
         return data if self.before is None else data | {"before": self.before.to_dict()}
 
@@ -122,8 +146,8 @@ class SizePatch:
         return cls(
             site,
             int(data["dim"]),
-            int(data["size"]),
-            None if asked is None else int(asked),
+            _as_size(data["size"]),
+            None if asked is None else _as_size(asked),
             tuple((int(dim), int(size)) for dim, size in data["of"]),
             (int(data["ranks"][0]), int(data["ranks"][1])),
             int(data["calls"]),
@@ -202,6 +226,8 @@ class ModuleStack:
 
         @torch._dynamo.disable  # type: ignore[untyped-decorator]
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module not in paths:  # a copy that the forward makes: copies have the hooks too
+                return
             # Lightning sends training_step through DDP by putting a plain function in forward's place for
             # one call; such a call is not the module's own forward and can't be repeated as one.
             redirected = isinstance(module.__dict__.get("forward"), FunctionType)
@@ -268,13 +294,13 @@ class SizeRewriter(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], shape: Sequence[int]) -> dict[int, int]:
+def _choose(patches: Sequence[SizePatch], number: int, asked: Sequence[Any], shape: Sequence[int]) -> dict[int, Size]:
     """The sizes to write in the ``number``-th call of a function, by place.
 
     Raises:
         PruningError: Several patches fit it, but it is none of the calls that were traced.
     """
-    fitting: dict[int, dict[int, int]] = {}
+    fitting: dict[int, dict[int, Size]] = {}
     sure = True
     for patch in patches:
         if patch.fits(asked, shape):
@@ -470,6 +496,7 @@ class SizeChecker(TorchFunctionMode):
         stack: The modules of the model that runs.
         expected: The sizes that calls should ask for, by place.
         free: Places that no removal changes: what the forward asks for there, such as a number of boxes, is right.
+        varying: Places whose size may be a multiple of the batch, or of an image's size: torch infers it, where it can.
         asked: What the forward asked for in each call that it made, by place.
         ranks: How many sizes that was, and of how many dimensions.
         wrong: What to write in calls that asked for something else.
@@ -478,16 +505,18 @@ class SizeChecker(TorchFunctionMode):
     def __init__(
         self,
         stack: ModuleStack,
-        expected: Mapping[CallSite, Mapping[int, int]],
+        expected: Mapping[CallSite, Mapping[int, Size]],
         free: Collection[tuple[CallSite, int]] = (),
+        varying: Collection[tuple[CallSite, int]] = (),
     ) -> None:
         super().__init__()
         self.stack = stack
         self.expected = expected
         self.free = free
+        self.varying = varying
         self.asked: dict[CallSite, dict[int, Any]] = {}
         self.ranks: dict[CallSite, tuple[int, int]] = {}
-        self.wrong: dict[CallSite, dict[int, int]] = {}
+        self.wrong: dict[CallSite, dict[int, Size]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -498,17 +527,23 @@ class SizeChecker(TorchFunctionMode):
         if name is not None and site is not None:
             kind = SIZED_FUNCTIONS[name]
             given = dict(enumerate(kind.read(args, kwargs)))
-            self.asked[site] = given
+            self.asked[site] = dict(given)
             self.ranks[site] = (-1 if kind.together else len(given), len(shape_of_input(args, kwargs)))
             expected = self.expected.get(site)
             if expected:
+                for at in expected.keys() & given.keys():
+                    if isinstance(given[at], Tensor) and isinstance(expected[at], tuple):
+                        found = kind.picked(args, kwargs).get(at)
+                        given[at] = () if found is None else tuple(found[1].tolist())
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
                 if not kind.together:
                     wrong = {at: size for at, size in wrong.items() if (site, at) not in self.free}
                 if kind.together and (wrong or len(given) != len(expected)):
                     wrong = dict(expected)
-                if kind.infers and len(wrong) == 1 and -1 not in given.values():
-                    wrong = dict.fromkeys(wrong, -1)
+                if kind.infers and wrong and -1 not in given.values():
+                    left = wrong if len(wrong) == 1 else [at for at in wrong if (site, at) in self.varying]
+                    if len(left) == 1:
+                        wrong |= dict.fromkeys(left, -1)
                 if wrong:
                     self.wrong.setdefault(site, {}).update(wrong)
                     func, args, kwargs = kind.write(func, args, kwargs, wrong)
@@ -525,6 +560,22 @@ class Number(int):
     """
 
     told: Callable[[], Any]
+    counted_by: Callable[[Attribute], Any] | None = None
+    """Hears of an attribute that the forward finds equal: ``x.size(1) == self.width``."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        if equal is True and isinstance(other, Number):
+            for one, attribute in ((self, other), (other, self)):
+                if one.counted_by is not None and isinstance(attribute, Attribute):
+                    one.counted_by(attribute)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        equal = self == other
+        return equal if equal is NotImplemented else not equal
 
     def _number(self) -> int:
         self.told()
@@ -579,10 +630,10 @@ class Attribute(Number):
     __rmul__ = __mul__
 
 
-def watched_size(size: int, told: Callable[[], Any]) -> Number:
-    """A size of a tensor that tells when it is calculated with."""
+def watched_size(size: int, told: Callable[[], Any], counted_by: Callable[[Attribute], Any] | None = None) -> Number:
+    """A size of a tensor that tells when it is calculated with, and when it is found to equal an attribute."""
     number = Number(size)
-    number.told = told
+    number.told, number.counted_by = told, counted_by
     return number
 
 
@@ -663,15 +714,17 @@ class CallRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = kind_of(func)
         if name is None:
-            for item in (*args, *kwargs.values()):
+            for item in () if func is torch.arange else (*args, *kwargs.values()):
                 if isinstance(item, Number):  # such as x * self.width
                     item.told()
             result = func(*args, **kwargs)
+            if func in _SHAPED_LIKE:
+                self.listener.shaped_like(result, args[1] if len(args) > 1 else kwargs["other"])
             if func in _SIZE_READERS:
                 return self.listener.size_read(args[0], result, (*args[1:], *kwargs.values()))
             return result
         kind, site = SIZED_FUNCTIONS[name], self.stack.site(name)
-        with self.listener.calling(kind, site):
+        with self.listener.calling(kind, site, args, kwargs):
             result = func(*args, **kwargs)
         self.listener.called(kind, site, args, kwargs, result)
         return result
@@ -680,13 +733,21 @@ class CallRecorder(TorchFunctionMode):
 _SIZE_READERS = (Tensor.size, Tensor.shape.__get__, Tensor.numel, Tensor.nelement, torch.numel)  # type: ignore[attr-defined]
 
 
+_SHAPED_LIKE = (Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+
+
 class CallListener(Protocol):
     """Who wants to know of sized calls."""
+
+    def shaped_like(self, result: Tensor, other: Tensor) -> None:
+        """A tensor took the shape of another."""
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """A size was read; what the forward gets in its place."""
 
-    def calling(self, kind: SizedFunction, site: CallSite | None) -> AbstractContextManager[None]:
+    def calling(
+        self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
         """The call runs inside."""
 
     def called(

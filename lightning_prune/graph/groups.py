@@ -11,8 +11,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.graph.callsites import CallSite, ModuleCall
-from lightning_prune.graph.labels import Solution
+from lightning_prune.graph.callsites import CallSite, ModuleCall, Size
+from lightning_prune.graph.labels import CALCULATES, Solution
 from lightning_prune.graph.run import as_calls, check_model, no_collection, traced
 from lightning_prune.graph.trace import AttributeSite, Leaf, Trace
 
@@ -160,6 +160,7 @@ class Groups(Sequence[Group]):
         shapes: Shapes of the parameters and buffers.
         parameters: Names of the parameters.
         sized: What the sizes in calls count.
+        picked: Lists of indices in calls: what stands where in the dimension that they pick of, and the indices.
         inputs: The dimensions of the tensors that such calls take their sizes of, each time.
         attributes: What multiples of the integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with.
@@ -177,6 +178,7 @@ class Groups(Sequence[Group]):
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
     sized: dict[tuple[CallSite, int], Extent]
+    picked: dict[tuple[CallSite, int], tuple[Extent, tuple[int, ...]]]
     inputs: dict[CallSite, tuple[dict[int, Extent], ...]]
     attributes: dict[AttributeSite, tuple[tuple[Extent, int], ...]]
     numeric: frozenset[tuple[str, str]]
@@ -263,13 +265,17 @@ class Groups(Sequence[Group]):
                 result.setdefault(name, {})[dim] = kept
         return result
 
-    def sizes(self, alive: Tensor) -> dict[CallSite, dict[int, int]]:
+    def sizes(self, alive: Tensor) -> dict[CallSite, dict[int, Size]]:
         """The size that each sized call is to ask for, per dimension, when only ``alive`` neurons stay."""
-        result: dict[CallSite, dict[int, int]] = {}
-        sites = {site for (site, _), extent in self.sized.items() if not extent.fixed}
+        result: dict[CallSite, dict[int, Size]] = {}
+        # Where a padding is what is missing to a fixed width, it grows as the input shrinks.
+        sites = {site for (site, _), extent in self.sized.items() if not extent.fixed or site.function == "pad"}
         for (site, dim), extent in self.sized.items():
             if site in sites:
                 result.setdefault(site, {})[dim] = len(extent.kept(alive))
+        for (site, place), (extent, index) in self.picked.items():
+            if not extent.fixed:
+                result.setdefault(site, {})[place] = _renumbered(index, extent.kept(alive))
         return result
 
     def read_of(self, site: CallSite, alive: Tensor) -> tuple[tuple[int, int], ...]:
@@ -345,12 +351,17 @@ class Groups(Sequence[Group]):
             slices = tuple(replace(s, places=extents[s.name, s.dim].unit_of, units=units) for s in group.slices)
             prunable.append(replace(group, size=size, slices=slices))
             start += size
+        changed = self._mapped(lambda extent: extent.without(alive, renumber))
+        changed["picked"] = {
+            key: (changed["picked"][key][0], _renumbered(index, extent.kept(alive)))
+            for key, (extent, index) in self.picked.items()
+        }
         return replace(
             self,
             groups=(*prunable, *(self._moved(group, alive) for group in self.frozen)),
             shapes=shapes,
             origin=None,
-            **self._mapped(lambda extent: extent.without(alive, renumber)),
+            **changed,
             costs=tuple(
                 (
                     round(macs * prod(len(e.kept(alive)) / len(e.unit_of) for e in factors)),
@@ -365,6 +376,7 @@ class Groups(Sequence[Group]):
         return {
             "extents": {key: change(extent) for key, extent in self.extents.items()},
             "sized": {key: change(extent) for key, extent in self.sized.items()},
+            "picked": {key: (change(extent), index) for key, (extent, index) in self.picked.items()},
             "inputs": {
                 site: tuple({dim: change(extent) for dim, extent in dims.items()} for dims in uses)
                 for site, uses in self.inputs.items()
@@ -376,9 +388,18 @@ class Groups(Sequence[Group]):
         }
 
     def refuse(self, reasons: Mapping[int, str]) -> Groups:
-        """The groups if some of the prunable ones can't go as they are: along another axis, or not at all."""
+        """The groups if some of the prunable ones can't go as they are: along another axis, or not at all.
+
+        A reason that says that their number is calculated with makes them approximate.
+        """
         if self.origin is None:
-            return self._freeze(reasons)
+            mixed = {number: reason for number, reason in reasons.items() if reason.startswith(CALCULATES)}
+            changed = (
+                replace(group, mixing=(*group.mixing, mixed[number])) if number in mixed else group
+                for number, group in enumerate(self.prunable)
+            )
+            groups = replace(self, groups=(*changed, *self.frozen))
+            return groups._freeze({number: reason for number, reason in reasons.items() if number not in mixed})
         for number, reason in reasons.items():
             neurons = self.ranges[number]
             roots = self.origin.roots[neurons.start : neurons.stop]
@@ -431,6 +452,12 @@ def _not_zero(tensor: Tensor, dim: int) -> Tensor:
     if len(unsure) and slices.dim() > 1:
         found[unsure] = (slices[unsure] != 0).flatten(1).any(1)
     return found.cpu()
+
+
+def _renumbered(index: tuple[int, ...], kept: Tensor) -> tuple[int, ...]:
+    """Those of the indices that are kept, as places among what is kept."""
+    places = {old: new for new, old in enumerate(kept.tolist())}
+    return tuple(places[each] for each in index if each in places)
 
 
 def _roles(group: Group) -> str:
@@ -575,6 +602,7 @@ def _assemble(
         shapes=dict(trace.shapes),
         parameters=frozenset(trace.parameters),
         sized={key: extent(labels) for key, labels in trace.sized.items()},
+        picked={key: (extent(labels), tuple(index.tolist())) for key, (labels, index) in trace.picked.items()},
         inputs={
             site: tuple({dim: extent(labels) for dim, labels in enumerate(dims) if labels is not None} for dims in uses)
             for site, uses in trace.inputs.items()

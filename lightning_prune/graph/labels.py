@@ -13,10 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["FIXED", "Box", "Dims", "LabelBook", "Solution", "no_labels"]
+__all__ = ["CALCULATES", "FIXED", "Box", "Dims", "LabelBook", "Solution", "no_labels"]
 
 FIXED = 0
 """The label of an index that no pruning can remove."""
+
+CALCULATES = "calculates with its size in "
+"""Starts the reason of what mixes neurons by their number alone; where it happens follows."""
 
 Dims = tuple[Tensor | None, ...]
 """One entry per dimension of a tensor: its labels (int64, one per index), or None where none may go."""
@@ -308,7 +311,13 @@ class LabelBook:
         return bool(fresh)
 
     def reconsider(self, solution: Solution, roots: Tensor, reason: str) -> None:
-        """State that components can't go as they were drawn: their boxes take another axis, or they stay."""
+        """State that components can't go as they were drawn: their boxes take another axis, or they stay.
+
+        Where all that is wrong is that their number is calculated with, they can go, but they mix.
+        """
+        if reason.startswith(CALCULATES):
+            self.mix(roots, reason)
+            return
         found = False
         for box, choice in zip(self.boxes, solution.chosen, strict=True):
             if choice is not None and bool(torch.isin(solution.root[box.axes[choice]], roots).any()):

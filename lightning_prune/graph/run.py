@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -56,7 +57,8 @@ def as_calls(example_inputs: Any) -> tuple[ModuleCall, ...]:
         raise PruningError("example_inputs holds no tensor")
     if not any(tensor.numel() for tensor in given):
         raise PruningError("example_inputs is empty: a batch of no example tells nothing about a model")
-    if any((t.is_floating_point() or t.is_complex()) and not bool(t.isfinite().all()) for t in given if not t.is_meta):
+    numbers = [t for t in given if (t.is_floating_point() or t.is_complex()) and not t.is_meta]
+    if not all(bool((t.to_dense() if t.layout != torch.strided else t).isfinite().all()) for t in numbers):
         raise PruningError("example_inputs holds values that are not finite: no removal could be checked with them")
     return (call,)
 
@@ -80,6 +82,10 @@ def check_model(model: Any) -> None:
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise PruningError(f"{kind} is compiled; prune model._orig_mod, then compile it again")
+    if isinstance(model, torch.fx.GraphModule) and _has_one_mode(model):
+        raise PruningError(
+            f"{kind} has been exported for one mode and can't be changed; prune it before it is exported"
+        )
     for name, tensor in named_tensors(model).items():
         if is_lazy(tensor):
             raise PruningError(f"{name!r} of a lazy module has no shape yet; run {kind} on an input once")
@@ -87,6 +93,19 @@ def check_model(model: Any) -> None:
             raise PruningError(f"{name!r} is on the meta device and holds no values; load {kind} first")
         if hasattr(tensor, "device_mesh"):
             raise PruningError(f"{name!r} is sharded (DTensor); prune {kind} before it is distributed")
+
+
+def _has_one_mode(model: nn.Module) -> bool:
+    """Whether a model refuses to change between training and evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+    except NotImplementedError:
+        return True
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return False
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -113,18 +132,20 @@ def _version(tensor: Tensor) -> int | None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the model's mode, buffers and the random state are put back afterwards."""
+    """Whatever runs inside, the model's mode, what a forward writes to and the random state are put back afterwards."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in model.buffers()]
+    renormed = (m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None)  # by each forward
+    written = [*model.buffers(), *(weight for weight in renormed if isinstance(weight, Tensor))]
+    before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in written]
     devices = [device.index or 0 for device in cuda_devices(model)]
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in buffers:
-                if version is None or _version(buffer) != version:  # a backward that is to come may need it as it is
-                    buffer.copy_(value)
+            for tensor, value, version in before:
+                if version is None or _version(tensor) != version:  # a backward that is to come may need it as it is
+                    tensor.copy_(value)
         for module, mode in modes.items():
             module.training = mode
 

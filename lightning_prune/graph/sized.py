@@ -36,15 +36,18 @@ class SizedFunction:
         picks: Whether the result may hold part of the input's indices, between bounds that are among the sizes.
         together: Whether one wrong size means that all are written.
         infers: Whether one size may be left to torch, as -1: it may be a multiple of the batch.
+        picked: Lists of indices that the call picks, by place: of which dimension, and which. Such a list is written
+            like a size; ``read`` gives a tuple for a list and the tensor itself for a tensor.
     """
 
     functions: tuple[Callable[..., Any], ...]
     read: Callable[[tuple[Any, ...], dict[str, Any]], Sizes]
-    write: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Mapping[int, int]], Any]
+    write: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Mapping[int, Any]], Any]
     extents: Callable[[Callable[[Tensor], Dims], tuple[Any, ...], dict[str, Any], Any], dict[int, Tensor]] | None = None
     picks: bool = False
     together: bool = False
     infers: bool = False
+    picked: Callable[[tuple[Any, ...], dict[str, Any]], dict[int, tuple[int, Tensor]]] = lambda args, kwargs: {}
 
 
 def _is_size(item: Any) -> bool:
@@ -206,13 +209,35 @@ def _consumes(part: Any) -> int:
     return part.dim() if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) else 1
 
 
+def _lists(args: tuple[Any, ...]) -> Iterator[tuple[int, Any, int]]:
+    """The lists of indices of an index: place, the list as a tuple or tensor, the dimension it is of."""
+    given = args[1] if isinstance(args[1], tuple) else (args[1],)
+    dim = 0
+    for place, part in enumerate(given):
+        if part is Ellipsis:
+            dim = args[0].dim() - sum(map(_consumes, given[place + 1 :]))
+            continue
+        if isinstance(part, Tensor) and part.dim() == 1:
+            yield place, part, dim
+        elif isinstance(part, (list, range)) and part and all(isinstance(item, int) for item in part):
+            yield place, tuple(int(item) if _is_size(item) else item for item in part), dim
+        dim += _consumes(part)
+
+
+def _as_indices(given: Any, size: int) -> Tensor:
+    """Indices or a mask, given in any way, as indices from the front: int64, shape (picked,)."""
+    part: Tensor = given.detach().cpu() if isinstance(given, Tensor) else torch.tensor(given)
+    if part.dtype in (torch.bool, torch.uint8):
+        return part.nonzero().squeeze(1)
+    part = part.long()
+    return torch.where(part < 0, part + size, part)
+
+
 def _bound(bound: Any, size: int) -> Any:
-    """A bound as a number of indices before it; None where it is the end or no plain integer."""
+    """A bound as a number of indices before it, which may be more than there are; None where it is no plain integer."""
     if not _is_size(bound):
         return None
-    if bound < 0:
-        return max(bound + size, 0)
-    return bound if bound < size else None
+    return max(bound + size, 0) if bound < 0 else bound
 
 
 def _item_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
@@ -226,11 +251,23 @@ def _item_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
             sizes += [_bound(part.start, size) if plain else None, _bound(part.stop, size) if plain else None]
         else:
             sizes += [_bound(part, size), None]
-    return sizes
+    return sizes + [part for _, part, _ in _lists(args)]
 
 
-def _item_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+def _item_picked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, tuple[int, Tensor]]:
+    if not isinstance(args[0], Tensor):
+        return {}
+    first = 2 * sum(1 for _ in _elements(args))
+    lists = enumerate(_lists(args))
+    return {first + at: (dim, _as_indices(part, args[0].size(dim))) for at, (_, part, dim) in lists}
+
+
+def _item_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, Any]) -> Any:
     parts = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+    first = 2 * sum(1 for _ in _elements(args))
+    for number, (place, _, _) in enumerate(_lists(args)):
+        if first + number in sizes:
+            parts[place] = list(sizes[first + number])
     for number, (place, part, _) in enumerate(_elements(args)):
         if isinstance(part, slice):
             start, stop = sizes.get(2 * number, part.start), sizes.get(2 * number + 1, part.stop)
@@ -246,7 +283,7 @@ def _item_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int, T
     for number, (_, _, dim) in enumerate(_elements(args)):
         labels = dims(args[0])[dim]
         for place in (2 * number, 2 * number + 1):
-            if labels is not None and sizes[place]:
+            if labels is not None and sizes[place] and sizes[place] < len(labels):
                 found[place] = labels[: sizes[place]]
     return found
 
@@ -285,6 +322,57 @@ def _select_extents(dims: Any, args: Any, kwargs: Any, result: Any) -> dict[int,
     labels = dims(input_of(args, kwargs))[_argument(args, kwargs, 1, "dim")]
     (index,) = _select_sizes(args, kwargs)
     return {0: labels[:index]} if labels is not None and index else {}
+
+
+# -- functions that pick by a tensor of indices, which are the same along a dimension wherever in the others -----------
+
+
+def _picks(place: int, dim_place: int, *functions: Callable[..., Any], repeats: bool = False) -> SizedFunction:
+    """``place``: of the tensor among the arguments; ``repeats``: it says how often each index is picked."""
+    names = ("index", "indices", "repeats")
+
+    def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int | None]:
+        return _argument(args, kwargs, place, *names), _argument(args, kwargs, dim_place, "dim")
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sizes:
+        places, dim = given(args, kwargs)
+        return [places if isinstance(places, Tensor) and dim is not None else None]
+
+    def row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        places, dim = given(args, kwargs)
+        if not isinstance(places, Tensor) or dim is None or not places.dim():
+            return None
+        if places.dim() == 1:
+            return places
+        one = places[tuple(slice(None) if at == dim % places.dim() else slice(0, 1) for at in range(places.dim()))]
+        return one.flatten() if torch.equal(one.expand_as(places), places) else None
+
+    def picked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, tuple[int, Tensor]]:
+        places, (_, dim) = row(args, kwargs), given(args, kwargs)
+        source = input_of(args, kwargs)
+        if places is None or dim is None or not isinstance(source, Tensor) or not source.dim():
+            return {}
+        if repeats:
+            if len(places) not in (1, source.size(dim)):  # the source has been pruned already
+                return {}
+            index = torch.arange(source.size(dim)).repeat_interleave(places.detach().cpu().expand(source.size(dim)))
+        else:
+            index = _as_indices(places, source.size(dim))
+        return {0: (dim, index)}
+
+    def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, Any]) -> Any:
+        if 0 not in sizes:
+            return func, args, kwargs
+        places, dim = given(args, kwargs)
+        index = places.new_tensor(list(sizes[0]), dtype=torch.long)
+        if repeats:
+            return torch.index_select, (input_of(args, kwargs), dim, index), {}
+        shape = [-1 if at == dim % places.dim() else 1 for at in range(places.dim())]
+        whole = [len(index) if at == dim % places.dim() else size for at, size in enumerate(places.shape)]
+        index = index.view(shape).expand(whole)
+        return func, *_with_argument(args, kwargs, place, next((n for n in names if n in kwargs), names[0]), index)
+
+    return SizedFunction(functions, read, write, lambda *_: {}, picks=True, picked=picked)
 
 
 # -- functions that repeat ---------------------------------------------------------------------------------------------
@@ -345,8 +433,18 @@ def _numbers(place: int, name: str, *functions: Callable[..., Any], picks: bool 
     return SizedFunction(functions, read, write, None, picks)
 
 
+def _eye_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sizes:
+    sizes = [_argument(args, kwargs, 0, "n"), _argument(args, kwargs, 1, "m")]
+    return sizes if sizes[1] is not None else sizes[:1]
+
+
+def _eye_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: Mapping[int, int]) -> Any:
+    shape = tuple(sizes.get(at, size) for at, size in enumerate(_eye_sizes(args, kwargs)))
+    return func, shape, {name: value for name, value in kwargs.items() if name not in ("n", "m")}
+
+
 _shifts = _numbers(1, "shifts")
-_item = SizedFunction((), _item_sizes, _item_write, _item_extents, picks=True)
+_item = SizedFunction((), _item_sizes, _item_write, _item_extents, picks=True, picked=_item_picked)
 
 SIZED_FUNCTIONS: dict[str, SizedFunction] = {
     "view": _kind(_shape_at(1), Tensor.view, infers=True),
@@ -357,6 +455,7 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
         (Tensor.unflatten, torch.unflatten), _unflatten_sizes, _unflatten_write, _unflatten_extents
     ),
     "zeros": _kind(_shape_at(0), torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn, torch.full),
+    "eye": SizedFunction((torch.eye,), _eye_sizes, _eye_write),
     "new_zeros": _kind(_shape_at(1), Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full),
     "split": _pieces(
         "sizes", torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes, torch.unsafe_split
@@ -369,6 +468,10 @@ SIZED_FUNCTIONS: dict[str, SizedFunction] = {
     "getitem": _kind(_item, Tensor.__getitem__, Tensor.__setitem__),
     "narrow": SizedFunction((torch.narrow, Tensor.narrow), _range_sizes, _range_write, _range_extents, picks=True),
     "select": SizedFunction((torch.select, Tensor.select), _select_sizes, _select_write, _select_extents, picks=True),
+    "index_select": _picks(2, 1, torch.index_select, Tensor.index_select),
+    "gather": _picks(2, 1, torch.gather, Tensor.gather),
+    "take_along_dim": _picks(1, 2, torch.take_along_dim, Tensor.take_along_dim),
+    "repeat_interleave": _picks(1, 2, torch.repeat_interleave, Tensor.repeat_interleave, repeats=True),
     "roll": SizedFunction((torch.roll, Tensor.roll), _shift_sizes, _shifts.write, _shift_extents),
     "pad": _numbers(1, "pad", F.pad, picks=True),
     "layer_norm": _numbers(1, "normalized_shape", F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
@@ -391,6 +494,7 @@ SHAPES = frozenset({"view", "reshape", "expand", "repeat", "unflatten", "zeros",
 """Those whose sizes are the shape of the result, so that they may depend on the size of an image."""
 
 COUNTED_AS = {name: "split" if kind.together else name for name, kind in SIZED_FUNCTIONS.items()}
+COUNTED_AS["repeat_interleave"] = "index_select"
 """What calls are counted as: a call that is rewritten becomes one of another name, which must not change the count."""
 
 _NAME_OF = {function: name for name, kind in SIZED_FUNCTIONS.items() for function in kind.functions}

@@ -22,9 +22,10 @@ from lightning_prune.graph.callsites import (
     ModuleStack,
     in_backward,
     marked_attributes,
+    untraced,
     watched_size,
 )
-from lightning_prune.graph.labels import Dims, LabelBook
+from lightning_prune.graph.labels import CALCULATES, Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction, input_of
 from lightning_prune.graph.tree import tensors
@@ -88,6 +89,7 @@ class Trace:
         parameters: Names of the parameters.
         book: The labels and what is known of them.
         sized: What the sizes in calls count.
+        picked: Lists of indices in calls: the labels of the dimension that they pick of, and the indices.
         inputs: Labels of the tensors that such calls take their sizes of, each time.
         attributes: What multiples of integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with: these must not change.
@@ -105,6 +107,7 @@ class Trace:
     parameters: set[str] = field(default_factory=set)
     book: LabelBook = field(default_factory=LabelBook)
     sized: dict[tuple[CallSite, int], Tensor] = field(default_factory=dict)
+    picked: dict[tuple[CallSite, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     inputs: dict[CallSite, list[Dims]] = field(default_factory=dict)
     attributes: dict[AttributeSite, list[tuple[Tensor, int]]] = field(default_factory=dict)
     numeric: set[tuple[str, str]] = field(default_factory=set)
@@ -174,6 +177,13 @@ class Tracer:
         self._parameter_shapes = {tuple(p.shape) for p in parameters.values()}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside, self._entered)
         self._patchable = False
+        self._literal: list[Tensor] = []
+        self._constants: Any = WeakTensorKeyDictionary()
+        """Tensors that Python makes of numbers, and those that modules hold without registering them."""
+        for module in model.modules():
+            for value in module.__dict__.values():
+                if isinstance(value, Tensor) and value not in self._known:
+                    self._constants[value] = True
         self._scripted = [f"{p}." for p, m in model.named_modules() if p and isinstance(m, torch.jit.ScriptModule)]
         self.trace.parameters.update(parameters)
         for name, tensor in tensors.items():
@@ -262,6 +272,9 @@ class Tracer:
         """Apply the rule of one executed call."""
         if func.namespace == "prim":  # a property of a tensor was read
             return
+        if func is _aten.lift_fresh.default:  # torch.tensor([...])
+            self._constants[out] = True
+            return
         inputs = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         gradients = self._is_on_gradients(inputs)
         if gradients and func not in _REORDERS:
@@ -274,19 +287,31 @@ class Tracer:
                 self._unread.pop(id(tensor), None)
                 self.trace.readers.setdefault(name, set()).add(self._stack.path)
             known = self._known.get(tensor)
-            static = static and known is not None and known.static
+            static = static and self._is_static(tensor)
             branch = func is _aten._local_scalar_dense.default and tensor.dtype is torch.bool
             if known is not None and known.mixes and not branch:  # what Python branches on is not followed
                 self.trace.book.mixed.extend(known.mixes)
         if not _NO_SIZES.isdisjoint(func.tags):
             self.trace.data_dependent = True
         call = Call(
-            func, args, kwargs, out, self._stack.path, self.trace.book, self._dims_of, self._is_static, self._patchable
+            func,
+            args,
+            kwargs,
+            out,
+            self._stack.path,
+            self.trace.book,
+            self._dims_of,
+            self._is_static,
+            self._patchable,
+            self._literal,
         )
         found = find_rule(func)
         result: Any = None
         if found is not None:
-            result = found(call)
+            try:
+                result = found(call)
+            except Exception as error:  # a rule that doesn't know this way of calling: nothing is known of the result
+                call.freeze_all(f"the rule of {func} raised {type(error).__name__}: {error} ({call})")
         elif func.namespace not in _COLLECTIVES:  # those of DDP change no shape
             call.freeze_all(f"no rule for {func} ({call})")
         self._note(call, result, static, gradients)
@@ -363,7 +388,7 @@ class Tracer:
 
     def _is_static(self, tensor: Tensor) -> bool:
         known = self._known.get(tensor)
-        return known is not None and known.static
+        return tensor in self._constants if known is None else known.static
 
     def _count(self, call: Call) -> None:
         count = FLOP_FORMULAS.get(call.func.overloadpacket)
@@ -372,13 +397,45 @@ class Tracer:
             self.trace.contractions.append(Contraction(call.path, macs, tuple(call.factors)))
 
     @contextmanager
-    def calling(self, kind: SizedFunction, site: CallSite | None) -> Iterator[None]:
+    def calling(
+        self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
         """A function that may hold sizes is running; outside any module's forward they can't be rewritten."""
-        before, self._patchable = self._patchable, site is not None and (kind.picks or kind.extents is None)
+        before = self._patchable, self._literal
+        self._patchable = site is not None and (kind.picks or kind.extents is None)
+        self._literal = [index for _, _, index in self._picked(kind, site, args, kwargs)]
         try:
             yield
         finally:
-            self._patchable = before
+            self._patchable, self._literal = before
+
+    def _picked(
+        self, kind: SizedFunction, site: CallSite | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """Lists of indices in a call that are the same in every run: place, labels that they pick of, indices."""
+        source = input_of(args, kwargs)
+        if site is None or not self.listening or not isinstance(source, Tensor):
+            return []
+        dims = self._labels_of(source)
+        if all(labels is None for labels in dims):
+            return []
+        with untraced():
+            given, picked = kind.read(args, kwargs), kind.picked(args, kwargs)
+        constant = [
+            not isinstance(each, Tensor) or (self._is_static(each) and each.dtype != torch.uint8) for each in given
+        ]
+        return [
+            (place, labels, index)
+            for place, (dim, index) in picked.items()
+            if constant[place] and (labels := dims[dim]) is not None
+        ]
+
+    def shaped_like(self, result: Tensor, other: Tensor) -> None:
+        """State that two tensors have the same indices: one took the shape of the other."""
+        if self.listening:
+            where = f"takes the shape of another tensor in {self._stack.path or 'the model itself'}"
+            for one, wanted in zip(self._labels_of(result), self._labels_of(other), strict=True):
+                self.trace.book.unify(one, wanted, where)
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """Mark the sizes of labelled dimensions: what is calculated from them changes with their number.
@@ -392,13 +449,18 @@ class Tracer:
         def watched(number: int, *dims: Tensor | None) -> int:
             if all(labels is None for labels in dims):
                 return number
-            reason = f"calculates with its size in {self._stack.path or 'the model itself'}"
+            reason = f"{CALCULATES}{self._stack.path or 'the model itself'}"
 
             def told() -> None:
                 for labels in dims:
                     self.trace.book.mix(labels, reason)
 
-            return watched_size(number, told)
+            def counted_by(attribute: Attribute) -> None:
+                (labels,) = dims
+                if labels is not None:
+                    self._attribute_counts(attribute, labels)
+
+            return watched_size(number, told, counted_by if len(dims) == 1 else None)
 
         if dim:
             return watched(size, known[dim[0]])
@@ -415,6 +477,14 @@ class Tracer:
         source = input_of(args, kwargs)
         if site is not None and isinstance(source, Tensor) and any(d is not None for d in self._labels_of(source)):
             self.trace.inputs.setdefault(site, []).append(self._labels_of(source))
+        if site is not None:
+            for place, labels, index in self._picked(kind, site, args, kwargs):
+                known_labels, known_index = self.trace.picked.setdefault((site, place), (labels, index))
+                if len(known_labels) == len(labels) and torch.equal(known_index, index):
+                    self.trace.book.unify(known_labels, labels, "")
+                else:
+                    for different in (known_labels, labels):
+                        self.trace.book.freeze(different, f"{site.function} in {site.module} picks varying indices")
         if kind.extents is None:
             known = self._known.get(result)
             extents = {} if known is None else known.sizes
@@ -430,15 +500,17 @@ class Tracer:
                 self.trace.book.freeze(labels, "its size is written outside any module's forward")
                 continue
             if isinstance(given[place], Attribute):
-                marked = given[place]
-                read_from = AttributeSite(marked.module, marked.name, marked.place)
-                self.trace.attributes.setdefault(read_from, []).append((labels, marked.factor))
+                self._attribute_counts(given[place], labels)
             known_labels = self.trace.sized.setdefault((site, place), labels)
             if len(known_labels) == len(labels):  # the module runs more than once: one patch must serve all runs
                 self.trace.book.unify(known_labels, labels, "")
             else:
                 for different in (known_labels, labels):
                     self.trace.book.freeze(different, f"{site.function} in {site.module} has varying sizes")
+
+    def _attribute_counts(self, attribute: Attribute, labels: Tensor) -> None:
+        site = AttributeSite(attribute.module, attribute.name, attribute.place)
+        self.trace.attributes.setdefault(site, []).append((labels, attribute.factor))
 
     def _labels_of(self, tensor: Tensor) -> Dims:
         return self._dims_of(tensor) or (None,) * tensor.dim()

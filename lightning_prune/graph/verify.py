@@ -17,7 +17,20 @@ from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import named_tensors, same_buffers
 from lightning_prune.graph.tree import leaves
 
-__all__ = ["TOLERANCE", "MaskedModel", "compare_outputs", "compare_shapes", "kept_masks", "masked_tensors"]
+__all__ = [
+    "TOLERANCE",
+    "MaskedModel",
+    "OutputsDifferError",
+    "compare_outputs",
+    "compare_shapes",
+    "kept_masks",
+    "masked_tensors",
+]
+
+
+class OutputsDifferError(SurgeryError):
+    """The pruned model gives other values than the masked one."""
+
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, relative to the largest output, by dtype: rounding differs with the shapes."""
@@ -206,15 +219,20 @@ class MaskedModel:
 
 
 def _norm_over(module: Any, index: Tensor, x: Tensor) -> Tensor:
-    """A norm over some of the features of x (..., features) only; the others become zero."""
-    index = index.to(x.device)
-    weight = module.weight[index]
+    """A norm over some of the features of x (..., features) only; the others become zero.
+
+    It makes the one call that the norm itself makes: the modules around it count calls.
+    """
+    with torch._C.DisableTorchFunction():
+        index = index.to(x.device)
+        weight, some = module.weight[index], x[..., index]
+        bias = None if getattr(module, "bias", None) is None else module.bias[index]
     if isinstance(module, nn.LayerNorm):
-        bias = None if module.bias is None else module.bias[index]
-        part = F.layer_norm(x[..., index], (len(index),), weight, bias, module.eps)
+        part = F.layer_norm(some, (len(index),), weight, bias, module.eps)
     else:
-        part = F.rms_norm(x[..., index], (len(index),), weight, module.eps)
-    return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part)
+        part = F.rms_norm(some, (len(index),), weight, module.eps)
+    with torch._C.DisableTorchFunction():
+        return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part)
 
 
 def compare_shapes(expected: Any, actual: Any) -> None:
@@ -235,7 +253,8 @@ def compare_outputs(expected: Any, actual: Any) -> None:
     """Check that two trees of outputs agree up to rounding.
 
     Raises:
-        SurgeryError: They differ in structure, shape or value; the message says where and how much.
+        OutputsDifferError: They differ in value; the message says where and how much.
+        SurgeryError: They differ in structure or shape.
     """
     compare_shapes(expected, actual)
     for number, (a, b) in enumerate(zip(leaves(expected), leaves(actual), strict=True)):
@@ -247,6 +266,6 @@ def compare_outputs(expected: Any, actual: Any) -> None:
         largest = a[finite].abs().max().item() if bool(finite.any()) else 0.0
         worst = (a[finite] - b[finite]).abs().max().item() if bool(finite.any()) else 0.0
         if not torch.equal(a.isfinite(), b.isfinite()) or worst > TOLERANCE.get(a.dtype, 1e-3) * largest:
-            raise SurgeryError(
+            raise OutputsDifferError(
                 f"output {number} differs from the masked model's by {worst:.3g} (largest value {largest:.3g})"
             )

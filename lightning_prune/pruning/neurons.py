@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_prune.graph.callsites import (
     CallSite,
     ModuleCall,
     ModuleStack,
+    Size,
     SizeChecker,
     SizePatch,
     install_patches,
@@ -25,11 +26,13 @@ from lightning_prune.graph.callsites import (
 )
 from lightning_prune.graph.copies import copies_of_trained, tie_copies, trained_by
 from lightning_prune.graph.groups import Group, Groups, draw_groups, find_groups
+from lightning_prune.graph.labels import CALCULATES
+from lightning_prune.graph.numbers import numbers_of, where_numbers_differ
 from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection, plain_encoders, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves
 from lightning_prune.graph.tree import tensors as tensors_of
-from lightning_prune.graph.verify import MaskedModel, compare_outputs
+from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs
 from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative
 from lightning_prune.pruning.latency import macs_for_latency
 from lightning_prune.pruning.plan import Plan
@@ -327,10 +330,12 @@ def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> di
             neurons = groups.ranges[number]
             some[neurons.start : neurons.stop] = alive[neurons.start : neurons.stop]
         try:
-            _attempt(model, groups, some, (), verify)[1].undo()
+            _attempt(model, groups, some, (), verify, explain=suspect is not None)[1].undo()
         except SurgeryError as error:
             if suspect is not None:
-                reasons[suspect] = f"its removal fails: {str(error.__cause__ or error).splitlines()[0]}"
+                why = str(error.__cause__ or error).splitlines()[0]
+                known = groups.prunable[suspect].mixing
+                reasons[suspect] = why if _is_news(why, known) else f"its removal fails: {why}"
             return False
         return True
 
@@ -348,6 +353,10 @@ def _faulty(model: nn.Module, groups: Groups, alive: Tensor, verify: bool) -> di
         warnings.simplefilter("ignore")  # the real attempt has said it
         search([], touched)
     return reasons
+
+
+def _is_news(why: str, mixing: Collection[str]) -> bool:
+    return why.startswith(CALCULATES) and why not in mixing
 
 
 def remove_neurons(
@@ -383,36 +392,49 @@ def _attempt(
     optimizers: Iterable[Optimizer],
     verify: bool,
     calls: Sequence[ModuleCall] | None = None,
+    *,
+    explain: bool = False,
 ) -> tuple[Plan, Change]:
-    """The removal, and how to take it back; ``calls``: those that the model can repeat, where that is known."""
+    """The removal, and how to take it back.
+
+    ``calls``: those that the model can repeat, where that is known; ``explain``: where the outputs differ, look whether
+    the forward calculates with a size.
+    """
     kept = groups.kept(alive)
     before = installed_patches(model)
     touched = [
-        group
-        for group, numbers in zip(groups.prunable, groups.ranges, strict=True)
-        if not bool(alive[numbers.start : numbers.stop].all())
+        number for number, numbers in enumerate(groups.ranges) if not bool(alive[numbers.start : numbers.stop].all())
     ]
     tensors = named_tensors(model)
     counts = groups.counts(alive)
+    masked = MaskedModel(model, kept, groups.unmasked, groups.own)
+    mixed = [n for n in touched if not masked.norms.keys() >= set(groups.prunable[n].mixing)]
+    if verify and 0 < len(mixed) < len(touched):  # those that can be compared, by themselves
+        rest = alive.clone()
+        for number in mixed:
+            rest[groups.ranges[number].start : groups.ranges[number].stop] = True
+        _attempt(model, groups, rest, (), verify, calls, explain=explain)[1].undo()
     with no_collection(), undisturbed(model), plain_encoders():
         model.eval()
-        masked = MaskedModel(model, kept, groups.unmasked, groups.own)
-        compare = verify and all(group.exact or masked.norms.keys() >= set(group.mixing) for group in touched)
-        check = _Check.of(masked, groups, calls, compare=compare)
+        check = _Check.of(masked, groups, calls, compare=verify and not mixed)
         change = shrink(model, kept, optimizers, counts=counts, numbers=_numbers(model, groups, alive, kept, tensors))
         change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
-            patches = check.passes(model, groups, alive)
+            with undisturbed(model):
+                patches = check.passes(model, groups, alive)
         except BaseException as error:
+            numbers = numbers_of(model, check.calls) if explain and isinstance(error, OutputsDifferError) else None
             change.undo()
+            if numbers is not None and (where := where_numbers_differ(numbers_of(model, check.calls), numbers)):
+                raise SurgeryError(f"{CALCULATES}{where}") from None
             if not isinstance(error, Exception):  # such as the user's Ctrl-C
                 raise
             able = check.repeatable(model)
             if len(able) < len(check.calls):
-                return _attempt(model, groups, alive, optimizers, verify, able)
-            made_by = ", ".join(group.name for group in touched)
+                return _attempt(model, groups, alive, optimizers, verify, able, explain=explain)
+            made_by = ", ".join(groups.prunable[number].name for number in touched)
             raise SurgeryError(f"Can't remove neurons of {made_by}: {error}\nThe model is as it was.") from error
-    return _plan(groups, touched, kept, tensors, change, patches, counts), change
+    return _plan(groups, [groups.prunable[n] for n in touched], kept, tensors, change, patches, counts), change
 
 
 def _plan(
@@ -662,8 +684,13 @@ def _patch_sizes(
         sizes.setdefault(site, {}).setdefault(dim, patch.size)
     remove_patches(model)
     stack = ModuleStack(model)
-    free = {place for place, extent in groups.sized.items() if extent.fixed and place not in installed}
-    checker = SizeChecker(stack, sizes, free)
+    free = {
+        place
+        for place, extent in groups.sized.items()
+        if extent.fixed and place not in installed and place[0].function != "pad"  # what is missing to a width grows
+    }
+    varying = {place for place, extent in groups.sized.items() if extent.repeats}
+    checker = SizeChecker(stack, sizes, free, varying)
     with stack.watch(), checker:
         outputs = run_calls(model, calls)
     places = [(site, dim) for site, dims in sizes.items() for dim in dims]
@@ -676,7 +703,7 @@ def _patch_sizes(
 def _patch(
     place: tuple[CallSite, int],
     before: SizePatch | None,
-    sizes: Mapping[CallSite, Mapping[int, int]],
+    sizes: Mapping[CallSite, Mapping[int, Size]],
     groups: Groups,
     alive: Tensor,
     checker: SizeChecker,
@@ -685,15 +712,18 @@ def _patch(
     site, dim = place
     extent, asked = groups.sized.get(place), checker.asked.get(site)
     size = checker.wrong.get(site, {}).get(dim, sizes[site][dim])
-    right = asked is not None or extent is None or size == len(extent.unit_of)
+    whole: Size | None = None if extent is None else len(extent.unit_of)
+    if place in groups.picked:
+        whole = groups.picked[place][1]
+    right = asked is not None or whole is None or size == whole
     if before is None and right and dim not in checker.wrong.get(site, {}):
         return None
     if size == -1 and (extent is None or extent.repeats):  # it may be a multiple of the batch
         own = None
     elif asked is not None:
-        own = asked.get(dim)
+        own = None if isinstance(asked.get(dim), Tensor) else asked.get(dim)
     else:
-        own = before.asked if before is not None else len(extent.unit_of) if extent is not None else None
+        own = before.asked if before is not None else None if place in groups.picked else whole
     calls = checker.stack.calls.get((site.module, site.function), 0 if before is None else before.calls)
     ranks = checker.ranks.get(site, (-1, -1) if before is None else before.ranks)
     patch = SizePatch(site, dim, size, own, groups.read_of(site, alive), ranks, calls, before)

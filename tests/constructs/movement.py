@@ -112,7 +112,7 @@ for name, op, width, reads in (
     ("unfold_fold", lambda x: F.fold(F.unfold(x, 2, stride=2), 6, 2, stride=2), 8, 8),
 ):  # fmt: skip
     construct(name, conv_net(op, width, reads), SMALL)
-# Positions written in code: the layer behind them goes at least
+# Positions written in code, and a layer behind them
 for name, op, width, reads in (
     ("index_list", lambda x: x[:, [6, 2, 3, 1, 5, 0, 7, 4]], 8, 8),
     ("index_list_partial", lambda x: x[:, [0, 2, 4, 5, 6, 7]], 8, 6),
@@ -273,6 +273,100 @@ for name, op, order, persistent in (
     ("index_add_channels", lambda x, perm: torch.zeros_like(x).index_add(1, perm, x), [1, 0, 3, 2, 5, 4, 7, 6], True),
 ):
     construct(name, lambda op=op, order=order, persistent=persistent: Rearranged(op, order, persistent), SMALL)
+
+
+# Positions written in code
+
+
+def turned(*shape: int) -> Tensor:
+    return torch.tensor([7, 6, 5, 4, 3, 2, 1, 0]).view(*shape)
+
+
+for name, op, reads in (
+    ("permutation_list", lambda x: x[:, [3, 0, 6, 1, 7, 4, 2, 5]], 8),
+    ("permutation_range", lambda x: x[:, range(7, -1, -1)], 8),
+    ("permutation_tensor", lambda x: x[:, torch.tensor(ORDER)], 8),
+    ("permutation_arange", lambda x: x[:, torch.arange(x.size(1) - 1, -1, -1)], 8),
+    ("list_of_some", lambda x: x[:, [0, 2, 4, 6]], 4),
+    ("list_with_repeats", lambda x: x[:, [0, 1, 1, 2, 3, 4, 4, 5, 6, 7]], 10),
+    ("lists_side_by_side", lambda x: torch.cat([x[:, [0, 2, 5]], x[:, [1, -1, 3]].neg()], 1), 6),
+    ("mask_list", lambda x: x[:, torch.tensor([True, False, True, True] * 2)], 6),
+    ("index_select_turned", lambda x: torch.index_select(x, 1, turned(-1)), 8),
+    ("index_select_some", lambda x: x.index_select(dim=-3, index=torch.tensor([0, 3, 4, 6])), 4),
+    ("gather_constant", lambda x: x.gather(1, turned(1, -1, 1, 1).expand(len(x), -1, *x.shape[2:])), 8),
+    ("take_along_constant", lambda x: torch.take_along_dim(x, turned(1, -1, 1, 1), dim=1), 8),
+    ("repeat_interleave_by_tensor", lambda x: x.repeat_interleave(torch.tensor([1, 2] * 4), 1), 12),
+):
+    construct(name, conv_net(op, reads=reads), SMALL)
+
+
+class HeldList(nn.Module):
+    """The positions are a list, or a tensor that is no buffer."""
+
+    def __init__(self, order: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.order = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x))[:, self.order])
+
+
+construct("permutation_list_held", lambda: HeldList([3, 0, 6, 1, 7, 4, 2, 5]), SMALL)
+construct("permutation_tensor_held", lambda: HeldList(torch.tensor(ORDER)), SMALL)
+
+
+class ListBranches(nn.Module):
+    """Channels are dealt out to branches by lists, each time that the block runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.branches = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(5, 4, 1)])
+        self.dealt = [[0, 2, 4], [1, 3, 5, 6, 7]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x))
+        for _ in range(2):
+            x = torch.tanh(
+                torch.cat([branch(x[:, dealt]) for branch, dealt in zip(self.branches, self.dealt, strict=True)], 1)
+            )
+        return self.b(x)
+
+
+construct("channels_dealt_by_lists", ListBranches, SMALL)
+construct(
+    "chosen_by_buffer",
+    lambda: Net(
+        lambda n, x: n.b(torch.tanh(n.a(x))[:, n.chosen]),
+        a=nn.Conv2d(3, 8, 3),
+        b=nn.Conv2d(4, 2, 1),
+        buffers={"chosen": torch.tensor([True, False] * 4)},
+    ),
+    SMALL,
+)
+for name, op, reads in (
+    ("maxout_by_pooling", lambda x: F.max_pool3d(x.unsqueeze(1), (2, 1, 1)).squeeze(1), 4),
+    ("mean_of_pairs_by_pooling", lambda x: F.avg_pool1d(x.flatten(2).mT, 2).mT.unflatten(2, (6, 6)), 4),
+    ("pooling_of_one_channel", lambda x: F.max_pool3d(x, (1, 2, 2)), 8),
+    ("complex_from_two", lambda x: torch.view_as_real(torch.complex(x, 2 * x)).sum(-1), 8),
+    ("complex_from_polar", lambda x: torch.polar(x.abs(), x).real, 8),
+    ("eye_written", lambda x: torch.einsum("bchw,cd->bdhw", x, torch.eye(8, dtype=x.dtype)), 8),
+    ("triangle_of_ones", lambda x: torch.einsum("bchw,cd->bdhw", x, torch.ones(8, 8, dtype=x.dtype).triu()), 8),
+    ("directions", lambda x: torch.linalg.cross(x[:, :, :3], x[:, :, 3:], dim=2), 8),
+    ("quantile_of_space", lambda x: x - x.flatten(2).quantile(0.5, -1)[..., None, None], 8),
+    ("squeezed_in_place", lambda x: x * x.mean((2, 3), keepdim=True).clone().squeeze_(-1).unsqueeze_(-1), 8),
+    ("buckets", lambda x: x * (torch.bucketize(x, torch.tensor([-0.5, 0.0, 0.5], dtype=x.dtype)) + 1), 8),
+    ("searched", lambda x: x * torch.searchsorted(torch.tensor([-0.5, 0.5], dtype=x.dtype), x), 8),
+    ("pad_channels_to_a_width", lambda x: F.pad(x, (0, 0, 0, 0, 0, 12 - x.size(1))), 12),
+    ("expand_as_of_sum", lambda x: x.sum(1, keepdim=True).expand_as(x), 8),
+):
+    construct(name, conv_net(op, reads=reads), SMALL)
+construct(
+    "neighbours_by_pooling",
+    conv_net(lambda x: F.avg_pool3d(x.unsqueeze(1), (3, 1, 1), 1, (1, 0, 0)).squeeze(1)),
+    SMALL,
+    approximate=True,
+)
 
 
 construct(

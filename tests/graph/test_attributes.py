@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import IMAGE, Net, Wide, assert_same_outputs, build, inputs, masked_twin
@@ -255,14 +256,86 @@ def test_a_size_that_is_calculated_with_makes_the_removal_approximate(name: str)
     assert model(x).shape == (2, 2)
 
 
-@pytest.mark.parametrize("function", [lambda x: x * (1.0 / x.size(1)), lambda x: x * math.log(x.size(1))])
-def test_a_calculation_that_python_hides_is_found_by_comparing(function: Any) -> None:
-    """A float asks an integer for its value past `Number`, and so does `math.log`."""
-    model = between(function)
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "float_first": lambda x: x * (1.0 / x.size(1)),
+    "float_to_the_power": lambda x: x * 0.9 ** x.size(1),
+    "log": lambda x: x * math.log(x.size(1)),
+    "numpy": lambda x: x / np.log2(x.size(1)),
+    "length": lambda x: x / len(x.transpose(0, 1)),
+    "integer": lambda x: x / int(x.size(1)),
+    "one_more": lambda x: x * (x.size(1) + 1),
+    "product": lambda x: x / math.prod(x.shape),
+    "filled": lambda x: x / x.new_full((1,), x.size(1)),
+    "fill": lambda x: x / torch.empty(1).fill_(x.size(1)),
+    "tensor": lambda x: x / torch.tensor(int(x.size(1))),
+    "compared": lambda x: x * (x.size(1) == 8),
+    "at_most": lambda x: x / min(x.size(1), 6),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_calculation_that_python_hides_is_found_by_comparing(name: str) -> None:
+    """A float asks an integer for its value past `Number`, and so does `math.log`; sums of integers tell nothing."""
+    model = between(HIDDEN[name])
     before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match=r"approximate: calculates with its size in the model itself"):
+        prune_neurons(model, inputs((3,)), 0.5, exact_only=True)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    plan = prune_neurons(model, inputs((3,)), 0.5)
+    assert plan.approximate == {"a": "calculates with its size in the model itself"}
+    assert model.a.out_features == 4
+
+
+class Hidden(nn.Module):
+    """Calculates with a size past `Number`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2.0 / x.size(1))
+
+
+def test_only_the_group_that_is_calculated_with_becomes_approximate() -> None:
+    layers = [nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), Hidden(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+    model, x = build(lambda: nn.Sequential(*layers)), inputs((3,))
+    plan = prune_neurons(copy.deepcopy(model), x, 0.5, scope="layer")
+    assert plan.approximate == {"2": "calculates with its size in 3"}
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.5, scope="layer", exact_only=True)
+    assert [layer.out_features for layer in model if isinstance(layer, nn.Linear)] == [4, 8, 4, 2]
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((3,), 5), modes=("train",))
+
+
+def test_it_is_found_beside_a_group_that_can_not_be_compared() -> None:
+    layers = [nn.Linear(3, 8), nn.Softmax(1), nn.Linear(8, 8), Hidden(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+    plan = prune_neurons(build(lambda: nn.Sequential(*layers)), inputs((3,)), 0.5, scope="layer")
+    assert plan.approximate == {"0": "_softmax in 1", "2": "calculates with its size in 3"}
+
+
+def test_a_run_that_takes_another_way_is_left_alone() -> None:
+    model = between(lambda x: x * 2 if x.size(1) > 6 else x)
     with pytest.raises(PruningError, match="its removal fails: output 0 differs"):
         prune_neurons(model, inputs((3,)), 0.5)
-    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+
+
+def test_an_attribute_that_a_size_is_compared_with_follows() -> None:
+    """Two layers of the same size: no name could tell which of them it is about."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        h = net.a(x).tanh()
+        if h.size(1) != net.n or net.sizes[1] != h.shape[1]:
+            raise ValueError(f"expected {net.n} features")
+        return net.c(net.b(h).tanh())
+
+    def make() -> nn.Module:
+        net = Net(run, a=nn.Linear(3, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 2))
+        net.n, net.sizes = 8, (3, 8)
+        return net
+
+    model, x = build(make), inputs((3,))
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.5, scope="layer")
+    assert (model.n, model.sizes) == (4, (3, 4))
+    assert plan.attributes[""] == {"n": (8, 4), "sizes": ((3, 8), (3, 4))}
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((3,), 5), modes=("train",))
 
 
 # Integers that modules hold, in a removal

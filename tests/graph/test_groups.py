@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from lightning_prune import Plan, PruningError, count_cost, find_groups, prune_neurons
 from lightning_prune.graph.callsites import installed_patches
 from lightning_prune.graph.groups import Extent, Group, Groups
+from lightning_prune.graph.rules import Call, rule
 from lightning_prune.pruning.neurons import remove_neurons
 
 
@@ -319,16 +320,25 @@ KEEPS_CHANNELS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "topk": (lambda x: x.topk(8, 1).values, "orders or searches"),
     "cummax": (lambda x: x.cummax(1).values, "orders or searches"),
     "argmax": (lambda x: x + x.argmax(1, keepdim=True), "orders or searches"),
-    "index_by_list": (lambda x: x[:, [7, 6, 5, 4, 3, 2, 1, 0]], "picks indices of"),
     "index_by_data": (lambda x: x[:, (x.sum((0, 2, 3)) > 0).long()], "picks indices of"),
-    "index_by_mask": (lambda x: x[:, torch.tensor([True] * 8)], "picks by a mask from"),
+    "index_by_mask": (lambda x: x[:, x.sum((0, 2, 3)) < 1e9], "picks by a mask from"),
+    "gather_differently": (
+        lambda x: x.gather(1, torch.arange(9).view(1, 1, 3, 3).expand(x.shape) % 8),
+        "picks indices of",
+    ),
+    "triangle_off": (lambda x: x.flatten(2).tril(2).view_as(x), "compares rows with columns"),
+    "off_the_diagonal": (lambda x: x.mean((2, 3)).diag_embed(1)[:, :8, 1:, None], "moves it off the diagonal"),
     "write_at_list": (lambda x: x.clone().index_fill_(1, torch.tensor([1]), 0.0), "writes at indices of"),
     "unique": (lambda x: x * x[0, :, 0, 0].unique().sum(), "makes a shape of values"),
     "unbind": (lambda x: torch.stack(x.unbind(1), 1), "picks one index of a prunable dimension"),
     "constant": (lambda x: x + torch.arange(8.0).to(x).view(-1, 1, 1), "meets a dimension of fixed size"),
-    "channels_as_space": (lambda x: F.avg_pool2d(x.transpose(1, 3), (1, 1)).transpose(1, 3), "pools over it"),
+    "channels_as_space": (lambda x: F.adaptive_avg_pool2d(x.transpose(1, 3), (3, 8)).transpose(1, 3), "pools over it"),
+    "overlapping_channels": (
+        lambda x: F.max_pool1d(x.flatten(2).mT, 4, 2, 1).repeat(1, 1, 2).mT.view(-1, 8, 3, 3),
+        "pools over it",
+    ),
     "convolved_as_space": (
-        lambda x: F.conv2d(x.transpose(1, 3), torch.ones(3, 3, 1, 3).to(x), padding=(0, 1)).transpose(1, 3),
+        lambda x: F.conv2d(x.transpose(1, 3), torch.ones(3, 3, 1, 2).to(x), padding=(0, 1)).transpose(1, 3)[:, :8],
         "convolves over it",
     ),
     "padded_as_space": (
@@ -446,6 +456,39 @@ def test_a_model_of_another_kind_is_refused(bad: Any) -> None:
         find_groups(bad, torch.rand(1, 3))
 
 
+def test_an_exported_model_is_refused() -> None:
+    exported = torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), (torch.rand(2, 3),))
+    model = exported.module()
+    before = {module: module.training for module in model.modules()}
+    with pytest.raises(PruningError, match="GraphModule has been exported for one mode"):
+        find_groups(model, torch.rand(2, 3))
+    assert before == {module: module.training for module in model.modules()}
+
+
+def test_sparse_inputs_are_taken() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert [group.size for group in find_groups(model, torch.eye(8).to_sparse()).prunable] == [4]
+    with pytest.raises(PruningError, match="not finite"):
+        find_groups(model, (torch.eye(8) / 0).nan_to_num(0, float("inf")).to_sparse())
+
+
+def test_a_forward_that_copies_layers_is_left_alone() -> None:
+    """The copies have the hooks of the layers that were copied."""
+    run = lambda n, x: copy.deepcopy(n.b)(copy.deepcopy(n.a)(x).tanh())  # noqa: E731
+    model = build(lambda: Net(run, a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
+    assert {group.frozen for group in find_groups(model, inputs((3,)))} >= {"no layer of the traced run makes it"}
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_that_each_forward_scales_are_afterwards_what_they_were(kind: Any) -> None:
+    model = build(lambda: nn.Sequential(kind(12, 8, max_norm=0.5), nn.Tanh(), nn.Linear(8, 2)))
+    x, before = torch.arange(12).view(3, 4), copy.deepcopy(model.state_dict())
+    find_groups(model, x)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    plan = prune_neurons(model, x, 0.5)
+    assert torch.equal(model[0].weight, before["0.weight"][:, plan.kept["0.weight"][1]])
+
+
 def test_finding_groups_twice_finds_the_same() -> None:
     for name in ("resnet", "nested", "dense"):
         model, x = build_case(name)
@@ -472,3 +515,61 @@ def test_groups_of_a_float32_bfloat16_or_autocast_model_are_the_same() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = find(model.float(), x.float()).prunable
     assert [(g.name, g.size, g.exact, [str(s) for s in g.slices]) for g in found] == expected
+
+
+class Experts(nn.Module):
+    """Runs of tokens with a matrix of each expert, in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2)
+        self.up, self.down = nn.Parameter(torch.randn(3, 16, 24) / 4), nn.Parameter(torch.randn(3, 24, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([len(x) // 4, len(x) // 2, len(x)], dtype=torch.int32)
+        h = torch._grouped_mm(self.a(x), self.up, offs=ends)
+        return self.b(torch._grouped_mm(h.relu(), self.down, offs=ends))
+
+
+def grouped_mm_runs() -> bool:
+    """Whether this torch multiplies by groups on the CPU."""
+    try:
+        Experts()(torch.rand(8, 8))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.skipif(not grouped_mm_runs(), reason="this torch multiplies by groups on GPUs only")
+def test_experts_in_one_call_lose_their_hidden_features() -> None:
+    """In single precision, which is all that it takes; its strides are multiples of 16 bytes."""
+    torch.manual_seed(0)
+    model, x = Experts(), torch.rand(8, 8)
+    dense = copy.deepcopy(model)
+    assert sorted((g.size, g.exact) for g in find_groups(model, x).prunable) == [(16, True), (16, True), (24, True)]
+    plan = prune_neurons(model, x, 0.5, scope="layer", round_to=4, exact_only=True)
+    assert (model.up.shape, model.down.shape) == ((3, 8, 12), (3, 12, 8))
+    with torch.no_grad():
+        for name, dims in plan.kept.items():
+            for dim, index in dims.items():
+                gone = sorted(set(range(dense.get_parameter(name).size(dim))) - set(index))
+                dense.get_parameter(name).index_fill_(dim, torch.tensor(gone), 0.0)
+    for batch in (x, torch.rand(12, 8)):
+        torch.testing.assert_close(model(batch), dense(batch), rtol=1e-4, atol=1e-5)
+
+
+@rule("mine::picky")
+def picky(call: Call) -> Any:
+    raise KeyError("what")
+
+
+def test_a_rule_that_raises_freezes_what_reached_it() -> None:
+    with torch.library._scoped_library("mine", "DEF") as library:
+        library.define("picky(Tensor x) -> Tensor")
+        library.impl("picky", lambda x: x * 2, "CPU")
+        model, x = between(lambda x: torch.ops.mine.picky(x))
+        groups = find_groups(model, x)
+    assert [g.name for g in groups.prunable] == ["b"]
+    assert "the rule of mine.picky.default raised KeyError: 'what'" in {
+        (g.frozen or "").partition(" (")[0] for g in groups.frozen
+    }

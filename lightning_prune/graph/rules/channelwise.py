@@ -160,9 +160,8 @@ def pool(call: Call) -> list[Dims]:
     """Windows over the trailing dimensions: batch and channels pass, positions are new."""
     dims = call.dims(call.args[0])
     windows = _SPATIAL_DIMS[call.func.overloadpacket.__name__]
-    for labels in dims[-windows:]:
-        call.freeze(labels, "pools over it")
-    after: Dims = (*dims[:-windows], *(None,) * windows)
+    positions = [_window(call, dim, windows, labels) for dim, labels in enumerate(dims[-windows:])]
+    after: Dims = (*dims[:-windows], *positions)
     name = call.func.overloadpacket.__name__
     if "grid_sampler" in name:  # the places to sample at belong to the same examples
         batch, *others = call.dims(call.args[1])
@@ -177,6 +176,46 @@ def pool(call: Call) -> list[Dims]:
 
 
 aten_family(pool, list(_SPATIAL_DIMS))
+
+_SLIDES = ("avg_pool", "max_pool", "mkldnn_max_pool")
+
+
+def _window(call: Call, at: int, windows: int, labels: Tensor | None) -> Tensor | None:
+    """What a window makes of a labelled dimension: one of size 1 leaves it alone, one that slides by one mixes it."""
+    name = call.func.overloadpacket.__name__
+    if labels is None or not name.startswith(_SLIDES) or "unpool" in name:
+        call.freeze(labels, "pools over it")
+        return None
+    size, stride, padding, dilation = (_of_window(call, place, at, default) for place, default in _GEOMETRY)
+    stride = stride or size
+    if (size, stride, padding) == (1, 1, 0):
+        return labels
+    dilation = 1 if name.startswith("avg_pool") else dilation
+    count = (call.out if isinstance(call.out, Tensor) else call.out[0]).size(at - windows)
+    if (stride, padding, dilation) == (size, 0, 1) and 1 < count <= len(labels) // size:  # side by side: maxout
+        call.book.tie(*labels[: count * size].view(count, size).unbind(1))
+        call.freeze(labels[count * size :], "is left over by windows")
+        return labels[: count * size : size]
+    start = size // 2 * dilation - padding
+    left = labels[max(start, 0) :][:count]
+    if stride > 1 or start < 0 or len(left) < count:
+        call.freeze(labels, "pools over it")
+        return None
+    call.freeze(labels[:start], "is at the edge of a window")  # such as what pads it
+    call.freeze(labels[start + len(left) :], "is at the edge of a window")
+    call.mix(left)
+    return call.book.fill(left)
+
+
+_GEOMETRY = ((1, 1), (2, 0), (3, 0), (4, 1))
+"""Arguments of pooling: size, stride, padding, dilation, and what they are where they are not given."""
+
+
+def _of_window(call: Call, place: int, at: int, default: int) -> int:
+    given = call.args[place] if len(call.args) > place else default
+    if isinstance(given, (list, tuple)):
+        return int(given[at % len(given)]) if given else 0
+    return int(given)
 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")

@@ -39,16 +39,24 @@ def convolution(call: Call) -> Dims:
 
 def _position(call: Call, dim: int, labels: Tensor | None) -> Tensor | None:
     """A kernel of one place leaves positions to themselves; any other mixes them."""
-    alone = (call.args[1].size(2 + dim), call.args[3][dim % len(call.args[3])], call.args[4][dim % len(call.args[4])])
-    if alone == (1, 1, 0):
+    size, stride = call.args[1].size(2 + dim), call.args[3][dim % len(call.args[3])]
+    if (size, stride, call.args[4][dim % len(call.args[4])]) == (1, 1, 0):
         return labels
+    if labels is not None and stride == 1 and call.out.size(2 + dim) == len(labels):  # over channels as positions: ECA
+        call.mix(labels)
+        return call.book.fill(labels)
     call.freeze(labels, "convolves over it")
     return None
 
 
 def _grouped(call: Call, read: Tensor | None, made: Tensor | None, inside: Tensor | None) -> Tensor | None:
+    return _grouped_by(call, call.args[8], read, made, inside)
+
+
+def _grouped_by(
+    call: Call, groups: int, read: Tensor | None, made: Tensor | None, inside: Tensor | None
+) -> Tensor | None:
     """Whole groups go, with what they read and make; or the same places in all groups."""
-    groups: int = call.args[8]
     group = _groups_of(call, read, inside, groups)
     if made is None:  # a weight from outside
         call.freeze(group, "reads a weight of fixed size")
@@ -133,10 +141,61 @@ def _plus(call: Call, bias: Tensor, result: Sequence[Tensor | None]) -> Dims:
     return tuple(found)
 
 
+@rule("torchvision::deform_conv2d")
+def deformable(call: Call) -> Dims:
+    """A convolution that reads where the offsets say; these come in channels of a fixed number."""
+    x, weight, offset, mask, bias = call.args[:5]
+    groups, parts = call.args[11], call.args[12]
+    (batch, read, *positions), w_dims = call.dims(x), call.dims(weight)
+    for labels in positions:
+        call.freeze(labels, "convolves over it")
+    for kernel in w_dims[2:]:
+        call.book.freeze(kernel, "")
+    for tensor in (offset, mask):
+        if tensor.numel():
+            own = call.dims(tensor)
+            batch = call.unify(batch, own[0])
+            for labels in own[1:]:
+                call.freeze(labels, "says where to read")
+    if parts > 1 and read is not None:  # each part of the channels reads at places of its own
+        call.book.freeze(call.book.split(read.view(parts, -1), str(call))[0], "")
+    if groups > 1:
+        made = _grouped_by(call, groups, read, w_dims[0], w_dims[1])
+    else:
+        call.contract(read, w_dims[1])
+        made = w_dims[0]
+        call.book.produce(made)
+    call.cost(w_dims[0], w_dims[1], batch)
+    return (call.book.fill(batch), call.unify(made, call.dims(bias)[0]), None, None)
+
+
 @rule(aten.mm, aten.bmm)
 def mm(call: Call) -> Dims:
     """Matrix product (n, k) @ (k, m), in batches or not."""
     return tuple(_product(call, call.args[0], call.args[1]))
+
+
+def grouped_mm(call: Call) -> Dims:
+    """Products of runs of rows with a matrix each, as a mixture of experts makes: the matrices stay."""
+    first, second = call.args[:2]
+    one, two = call.dims(first), call.dims(second)
+    if first.dim() == second.dim() == 3:
+        return tuple(_product(call, first, second))
+    if first.dim() == second.dim() == 2:  # the runs are of what is summed over
+        for labels in (one[1], two[0]):
+            call.freeze(labels, "falls into groups")
+        _passes(call, first, second, (one[0], None, two[1]))
+        return (None, one[0], two[1])
+    for labels in (*one[:-2], *two[:-2]):
+        call.freeze(labels, "is a group by itself")
+    rows, columns = one[-2], two[-1]
+    read = call.contract(one[-1], two[-2])
+    _passes(call, first, second, (rows, read, columns))
+    bias = call.arg(3, "bias")
+    return (rows, columns if bias is None else call.unify(columns, call.dims(bias)[-1]))
+
+
+aten_family(grouped_mm, ["_grouped_mm"])
 
 
 @rule(aten.addmm, aten.baddbmm)
@@ -214,6 +273,7 @@ def distance(call: Call) -> Dims:
     """Distances of all pairs of rows: a masked feature adds nothing."""
     (*b, n, k), (*b2, m, k2) = call.dims(call.args[0]), call.dims(call.args[1])
     call.contract(k, k2)
+    _passes(call, call.args[0], call.args[1], (n, k, m))
     if len(b) == len(b2):
         batch = [call.unify(one, other) for one, other in zip(b, b2, strict=True)]
     else:

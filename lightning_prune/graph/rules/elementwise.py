@@ -51,6 +51,20 @@ def pointwise(call: Call) -> list[Dims]:
     return [tuple(result) if out.dim() == rank else (None,) * out.dim() for out in outs]
 
 
+def cross(call: Call) -> Dims | None:
+    """Index by index but for the dimension of three."""
+    first, second = call.args[:2]
+    if first.shape != second.shape:
+        call.freeze_all(f"broadcasts ({call})")
+        return None
+    dims = [call.unify(one, other) for one, other in zip(call.dims(first), call.dims(second), strict=True)]
+    along = call.kwargs.get("dim", -1)
+    call.freeze(dims[along], "turns it into another direction")
+    dims[along] = None
+    return tuple(dims)
+
+
+aten_family(cross, ["linalg_cross"])
 aten_family(
     pointwise,
     [
@@ -59,6 +73,7 @@ aten_family(
         "celu",
         "celu_",
         "clamp",
+        "complex",
         "copy_",
         "elu",
         "elu_",
@@ -77,6 +92,7 @@ aten_family(
         "mish",
         "native_dropout",
         "nan_to_num",
+        "polar",
         "relu6",
         "rrelu_with_noise",
         "selu",
@@ -240,6 +256,18 @@ def made_full(call: Call) -> Dims:
 aten_family(made_full, ["full", "new_full", "new_ones", "ones", "rand", "randn"])
 
 
+@rule(aten.eye)
+def eye(call: Call) -> Dims:
+    """Ones on the diagonal: an index may go as row and column."""
+    size = call.out.size(0)
+    if call.out.size(1) != size or size < 2:
+        return (None, None)
+    labels = call.book.fill(call.book.new(size))
+    assert labels is not None
+    call.sizes.update({0: labels, 1: labels})
+    return (labels, labels)
+
+
 def number(call: Call) -> None:
     """Creates a tensor that counts its indices, or reads a number: no labels, and none are touched."""
 
@@ -251,11 +279,11 @@ aten_family(
         "_local_scalar_dense",
         "arange",
         "empty_strided",
-        "eye",
         "is_same_size",
         "linspace",
         "randint",
         "randperm",
+        "repeat_interleave",
         "scalar_tensor",
         "sym_numel",
         "sym_size",

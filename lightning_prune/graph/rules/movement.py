@@ -144,7 +144,20 @@ def unsqueeze(call: Call) -> Dims:
     return tuple(dims)
 
 
-@rule(aten.squeeze, aten.squeeze_)
+@rule(aten.squeeze_)
+def squeeze_(call: Call) -> Dims | None:
+    """The same in place: the tensor has its new shape already."""
+    dims = call.dims(call.args[0])
+    given = call.arg(1, "dim")
+    if call.out.dim() == len(dims):
+        return dims
+    if not isinstance(given, int):
+        call.freeze_all(f"drops dimensions in place ({call})")
+        return None
+    return tuple(labels for dim, labels in enumerate(dims) if dim != given % len(dims))
+
+
+@rule(aten.squeeze)
 def squeeze(call: Call) -> Dims:
     """Dimensions of one index, which have no labels, go."""
     source: Tensor = call.args[0]
@@ -448,19 +461,64 @@ def keep(call: Call) -> Dims:
 
 aten_family(
     keep, ["detach", "detach_", "alias", "clone", "_to_copy", "contiguous", "lift", "lift_fresh", "to", "_conj",
-           "resolve_conj", "resolve_neg", "tril", "triu", "tril_", "triu_", "requires_grad_", "set_"],
+           "resolve_conj", "resolve_neg", "requires_grad_", "set_"],
 )  # fmt: skip
+
+
+@rule(aten.tril, aten.triu, aten.tril_, aten.triu_)
+def triangle(call: Call) -> Dims:
+    """What is on one side of the diagonal stays there if the same rows and columns go."""
+    *before, rows, columns = call.dims(call.args[0])
+    lower = call.func.overloadpacket in (aten.tril, aten.tril_)
+    same = call.arg(1, "diagonal", 0) in ((0, -1) if lower else (0, 1)) and call.out.size(-2) == call.out.size(-1)
+    if rows is None or columns is None or not same:
+        for labels in (rows, columns):
+            call.freeze(labels, "compares rows with columns")
+        return (*before, None, None)
+    call.unify(rows, columns)
+    return (*before, rows, columns)
+
+
+@rule(aten.diag_embed)
+def diag_embed(call: Call) -> Dims:
+    """A diagonal of the last dimension, zero elsewhere: an index goes as row and column."""
+    *dims, labels = call.dims(call.args[0])
+    ends = (call.arg(2, "dim1", -2) % call.out.dim(), call.arg(3, "dim2", -1) % call.out.dim())
+    if call.arg(1, "offset", 0):
+        call.freeze(labels, "moves it off the diagonal")
+        labels = None
+    for end in sorted(ends):
+        dims.insert(end, labels)
+    return tuple(dims)
+
+
+@rule(aten.block_diag)
+def block_diag(call: Call) -> Dims:
+    """Matrices along a diagonal: their rows follow each other, and their columns."""
+    blocks = call.args[0]
+    if any(block.dim() != 2 for block in blocks):
+        call.freeze_all(f"makes a matrix of it ({call})")
+        return (None, None)
+    rows, columns = ([_or_fixed(call.dims(block)[dim], block.size(dim)) for block in blocks] for dim in (0, 1))
+    return (torch.cat(rows), torch.cat(columns))
 
 
 @rule(aten.diagonal, aten.unfold)
 def windows(call: Call) -> Dims:
-    """Views that show an index several times or pair dimensions: those stay, the others pass."""
+    """Views that show an index several times or pair dimensions: those stay, the others pass.
+
+    On the diagonal of a square an index is both its row and its column.
+    """
     dims = list(call.dims(call.args[0]))
     rank = len(dims)
     if call.func.overloadpacket is aten.unfold:
         along = {call.args[1] % rank}
     else:
-        along = {call.arg(2, "dim1", 0) % rank, call.arg(3, "dim2", 1) % rank}
+        one, other = call.arg(2, "dim1", 0) % rank, call.arg(3, "dim2", 1) % rank
+        along = {one, other}
+        if not call.arg(1, "offset", 0) and call.args[0].size(one) == call.args[0].size(other):
+            common = call.unify(dims[one], dims[other])
+            return (*(labels for at, labels in enumerate(dims) if at not in along), common)
     for dim in along:
         call.freeze(dims[dim], "reads it in windows or along a diagonal")
     if call.func.overloadpacket is aten.unfold:
@@ -484,6 +542,9 @@ def index(call: Call) -> Dims:
     shape = torch.broadcast_shapes(*(each.shape for each in given if each is not None))
     together = places == list(range(places[0], places[-1] + 1))
     rest = [labels for dim, labels in enumerate(dims) if dim not in places]
+    if call.static(source) and not all(call.static(each) for each in given if each is not None):  # as an embedding does
+        for labels in rest:
+            call.book.produce(labels)
     front = places[0] if together else 0
     picked: list[Tensor | None] = [None] * len(shape)
     for dim in places:
@@ -496,7 +557,13 @@ def index(call: Call) -> Dims:
 def _follow_index(
     call: Call, labels: Tensor | None, each: Tensor, own: Dims, picked: list[Tensor | None], *, constant: bool
 ) -> None:
-    """Picking along one dimension: only a buffer of numbers can be made to count anew."""
+    """Picking along one dimension: a buffer of numbers can be made to count anew, and so can numbers in the call."""
+    if constant and labels is not None and each.dim() == 1 and own[0] is None:
+        each = each.detach().cpu().long()
+        each = torch.where(each < 0, each + len(labels), each)
+        if call.is_literal(each):
+            picked[0] = _alone(call, labels[each])
+            return
     if labels is None or not constant or each.dim() != 1 or own[0] is None:
         call.freeze(labels, "picks indices of")
         for other in own:
@@ -513,6 +580,12 @@ def _mask(call: Call, dims: Dims, given: Sequence[Tensor | None]) -> Dims:
     at = next(dim for dim, each in enumerate(given) if each is not None)
     mask = given[at]
     assert mask is not None
+    own, picked = call.dims(mask), dims[at]
+    if mask.dim() == 1 and call.static(mask) and picked is not None:
+        if own[0] is not None:  # a buffer that shrinks
+            call.unify(picked, own[0])
+        if own[0] is not None or call.is_literal(mask.nonzero().squeeze(1)):
+            return (*dims[:at], _alone(call, picked[mask.bool().cpu()]), *dims[at + 1 :])
     for labels in (*dims[at : at + mask.dim()], *call.dims(mask)):
         call.freeze(labels, "picks by a mask from")
     return (*dims[:at], None, *dims[at + mask.dim() :])
@@ -633,6 +706,21 @@ def _row(places: Tensor, dim: int) -> Tensor | None:
     """The indices along a dimension, if they are the same wherever in the others."""
     row = places[tuple(slice(None) if at == dim else slice(0, 1) for at in range(places.dim()))]
     return row.flatten() if torch.equal(row.expand_as(places), places) else None
+
+
+@rule(aten.bucketize, aten.searchsorted)
+def bucketize(call: Call) -> Dims:
+    """Where each value lies between bounds, which stay."""
+    values, bounds = call.args[:2] if call.func.overloadpacket is aten.bucketize else reversed(call.args[:2])
+    if not isinstance(values, Tensor):
+        return ()
+    for labels in call.dims(bounds):
+        call.freeze(labels, "orders or searches")
+    if bounds.dim() > 1:  # each row has bounds of its own
+        for labels in call.dims(values):
+            call.freeze(labels, "orders or searches")
+        return (None,) * values.dim()
+    return tuple(map(call.book.fill, call.dims(values)))
 
 
 def along_one(call: Call) -> list[Dims]:

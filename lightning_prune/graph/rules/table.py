@@ -30,6 +30,7 @@ class Call:
         known: Labels of a tensor, None where it has none.
         static: Whether a tensor was made from parameters, buffers and constants alone.
         patchable: Whether the sizes in this call can be rewritten where Python made it.
+        literal: Lists of indices of this call that can be rewritten there.
         factors: Takes the dimensions that the cost of the call is linear in.
         mixes: Takes what the call mixes; it counts only if the result is used.
         sizes: Takes the labels that an integer argument counts, by its place among the integers of the call.
@@ -46,6 +47,7 @@ class Call:
     known: Callable[[Tensor], Dims | None]
     static: Callable[[Tensor], bool] = lambda tensor: False
     patchable: bool = False
+    literal: Sequence[Tensor] = ()
     factors: list[Tensor] = field(default_factory=list)
     mixes: list[tuple[Tensor, str]] = field(default_factory=list)
     sizes: dict[int, Tensor] = field(default_factory=dict)
@@ -68,6 +70,11 @@ class Call:
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or by name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def is_literal(self, index: Tensor) -> bool:
+        """Whether these indices can be rewritten where Python made the call; shape (picked,)."""
+        index = index.detach().cpu()
+        return any(torch.equal(index, each) for each in self.literal)
 
     def unify(self, first: Tensor | None, second: Tensor | None, what: str = "meets a dimension of fixed size") -> Any:
         """`LabelBook.unify`, with this call in the reason."""
