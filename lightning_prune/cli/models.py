@@ -7,11 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,9 +22,9 @@ from lightning_prune.cli.parser import Parser, near, short
 from lightning_prune.errors import PruningError
 from lightning_prune.export import load_pruned
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.prunable import Prunable, check_whole, load_from_checkpoint
+from lightning_prune.pruning.prunable import Prunable, load_from_checkpoint, read_checkpoint
 
-__all__ = ["Loaded", "import_object", "is_file", "load_weights", "open_model", "read_checkpoint"]
+__all__ = ["Loaded", "import_object", "is_file", "load_weights", "open_model"]
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin")
 FILES = (*CHECKPOINTS, ".safetensors")
@@ -301,42 +299,6 @@ def _ours(path: Path) -> bool:
             return "lightning_prune" in (file.metadata() or {})
     except SafetensorError as error:
         raise PruningError(f"{path} is no safetensors file, or it is damaged: {error}") from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, read without running anything of it.
-
-    Raises:
-        PruningError: It is none, was cut off or altered, or holds objects that only unpickling could make.
-    """
-    check_whole(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle that is none of torch's; the error says it in one line
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise PruningError(
-                f"{path} holds more than tensors and plain values; nothing was unpickled, for that could run "
-                f"anything ({_culprit(error)})"
-            ) from error
-        raise PruningError(f"{path} is no checkpoint, or it is damaged") from error
-    except OSError:
-        raise
-    except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
-        raise PruningError(f"{path} is no checkpoint, or it is damaged") from error
-    if not isinstance(content, Mapping):
-        raise PruningError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    return dict(content)
-
-
-def _culprit(error: BaseException) -> str:
-    """The name in torch's message of what it would have had to make."""
-    text = str(error)
-    for mark in ("GLOBAL ", "Unsupported global: ", "Unsupported class "):
-        if mark in text:
-            return text.partition(mark)[2].split()[0].strip("`.,()")
-    return "an object of another class"
 
 
 def _from_checkpoint(path: Path, cls: str, init: Mapping[str, Any]) -> Loaded:
