@@ -33,7 +33,7 @@ from lightning_prune.pruning.sensitivity import sensitivity as measure_sensitivi
 from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.report.build import build_report, compare
 from lightning_prune.report.cost import count_cost
-from lightning_prune.report.report import Moment, Report
+from lightning_prune.report.report import Moment, Report, timeline_of
 
 __all__ = ["run"]
 
@@ -478,10 +478,7 @@ def _timeline(checkpoint: Mapping[str, Any]) -> list[Moment]:
     recorded: list[dict[str, Any]] = max(
         (state["timeline"] for state in states if state.get("timeline")), key=len, default=[]
     )
-    try:
-        return [Moment(**moment) for moment in recorded]
-    except TypeError as error:
-        raise PruningError(f"the checkpoint's timeline is from another version: {error}") from error
+    return timeline_of(recorded)
 
 
 def _gathered(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:

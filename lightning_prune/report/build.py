@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.activations.apply import Change
 from lightning_prune.errors import PruningError, TraceError
@@ -18,9 +18,8 @@ from lightning_prune.pruning.latency import latencies, layer_times
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.sensitivity import Sensitivity
 from lightning_prune.pruning.surgery import take
-from lightning_prune.pruning.weights import prunable_weights
 from lightning_prune.report.cost import Cost, cost_of_calls
-from lightning_prune.report.layers import histograms, layers_of, magnitudes, statuses, threshold_of
+from lightning_prune.report.layers import histograms, layers_of, magnitudes, statuses, threshold_of, weights_of
 from lightning_prune.report.report import Histogram, Layer, Moment, Report, Row
 from lightning_prune.report.run import batch_size, file_size
 
@@ -133,15 +132,8 @@ def _times(dense: nn.Module, pruned: nn.Module, calls: Sequence[ModuleCall]) -> 
         return [layer_times(model, calls) for model in (dense, pruned)]
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    try:
-        return {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    except PruningError:  # there are none
-        return {}
-
-
 def _compared(dense: nn.Module, pruned: nn.Module, plan: Plan | None) -> tuple[Histogram, ...]:
-    before, after = _weights(dense), _weights(pruned)
+    before, after = weights_of(dense), weights_of(pruned)
     kept = plan.kept if plan else {}
     thresholds: dict[str, float] = {}
     for name, weight in after.items():
@@ -221,7 +213,7 @@ def build_report(
         layers,
         tuple(timeline),
         sensitivity,
-        histograms(_weights(model), before, thresholds),
+        histograms(weights_of(model), before, thresholds),
         type(model).__name__,
         metric,
     )

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from lightning_prune.activations.apply import Change
 from lightning_prune.activations.candidates import choice_of
+from lightning_prune.errors import PruningError
 from lightning_prune.graph.groups import Groups
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.weights import prunable_weights
 from lightning_prune.report.cost import Cost
 from lightning_prune.report.report import Histogram, Layer
 
-__all__ = ["histograms", "layers_of", "magnitudes", "statuses", "threshold_of"]
+__all__ = ["histograms", "layers_of", "magnitudes", "statuses", "threshold_of", "weights_of"]
 
 WIDTHS = ("out_features", "out_channels", "num_features", "embedding_dim", "embed_dim", "hidden_size", "nf")
 """Attributes that hold how many neurons a layer makes, torch's and transformers'; the first that is there counts."""
@@ -178,6 +180,15 @@ def _made_dim(module: nn.Module, parameter: str) -> int:
 
 
 # -- magnitudes --------------------------------------------------------------------------------------------------------
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights whose magnitudes are told, by name."""
+    try:
+        return {name: weight.detach() for name, weight in prunable_weights(model).items()}
+    except PruningError:  # there are none
+        return {}
+
 
 LOW, HIGH, WIDTH = -8.0, 3.0, 0.1
 """Decimal logarithms of magnitudes, and the width of a bin."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.sensitivity import Sensitivity
 
-__all__ = ["Histogram", "Layer", "Moment", "Report", "Row"]
+__all__ = ["Histogram", "Layer", "Moment", "Report", "Row", "timeline_of"]
 
 T = TypeVar("T")
 Pair = tuple[T | None, T | None]
@@ -290,6 +290,18 @@ def text_of(value: float | None, unit: str) -> str:
     if unit == "B":
         return f"{value / 1e3:,.1f} kB"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def timeline_of(data: Iterable[Mapping[str, Any]]) -> list[Moment]:
+    """Moments from the plain data that checkpoints hold.
+
+    Raises:
+        PruningError: It is from a version that knew less, or no timeline.
+    """
+    try:
+        return [_made(Moment, moment) for moment in data]
+    except (TypeError, AttributeError) as error:
+        raise PruningError(f"the timeline can't be read: {error}") from error
 
 
 def _listed(value: Any) -> Any:

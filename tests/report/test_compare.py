@@ -20,6 +20,10 @@ from rich.console import Console
 from torch import nn
 
 from lightning_prune import (
+    ActivationSearch,
+    KernelShrinking,
+    LayerPruning,
+    NeuronPruning,
     PruningError,
     Report,
     Sensitivity,
@@ -260,9 +264,22 @@ def test_models_that_do_not_fit_together_are_refused() -> None:
         compare(dense, "lenet", IMAGE)  # type: ignore[arg-type]
 
 
-def test_a_report_asked_for_before_fit_is_one_clear_line() -> None:
-    with pytest.raises(PruningError, match=r"this WeightPruning has no report yet: Trainer\.fit makes it"):
-        WeightPruning(0.5).report_.save("report.html")  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WeightPruning(0.5),
+        lambda: NeuronPruning(0.5),
+        lambda: KernelShrinking(0.5),
+        lambda: LayerPruning(0.5),
+        lambda: ActivationSearch(),
+    ],
+    ids=["WeightPruning", "NeuronPruning", "KernelShrinking", "LayerPruning", "ActivationSearch"],
+)
+def test_a_report_asked_for_before_fit_is_one_clear_line(make: Any) -> None:
+    callback = make()
+    with pytest.raises(PruningError, match=rf"this {type(callback).__name__} has no report yet: Trainer\.fit makes it"):
+        callback.report_.save("report.html")
+    assert not hasattr(callback, "report_")
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------
