@@ -14,6 +14,7 @@ from lightning_prune.cli.models import import_object
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import as_calls, run_calls, undisturbed
 from lightning_prune.graph.tree import tensors
+from lightning_prune.report.run import batch_size
 
 __all__ = ["accuracy", "agreement", "find_data", "find_metric"]
 
@@ -114,7 +115,7 @@ def _loader(data: Any) -> Any:
 def _own(model: nn.Module, inputs: Any) -> list[Any]:
     """Random examples like the inputs, in batches of as many, and what the model predicts for them."""
     generator = torch.Generator().manual_seed(1)
-    size = max((len(each) for each in tensors(inputs) if each.dim()), default=1)
+    size = batch_size(as_calls(inputs), model)
 
     def like(value: Any) -> Any:
         if not isinstance(value, Tensor):

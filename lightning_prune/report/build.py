@@ -72,15 +72,16 @@ def compare(
                 groups = find_groups(dense, example_inputs)
             except PruningError:  # it runs, but can't be followed: nothing is known of what can go
                 groups = None
+        size = batch_size(calls, dense)
         rows = [
             Row("parameters", costs[0].params, costs[1].params),
             Row("non-zero", costs[0].nonzero, costs[1].nonzero),
-            Row(f"MACs (batch {batch_size(calls)})", costs[0].macs, costs[1].macs),
+            Row(f"MACs (batch {size})", costs[0].macs, costs[1].macs),
             Row("file size", file_size(dense), file_size(pruned), "B"),
         ]
         if latency:
             before, after = latencies([dense, pruned], calls)
-            rows.append(Row(f"latency (batch {batch_size(calls)})", before, after, "s"))
+            rows.append(Row(f"latency (batch {size})", before, after, "s"))
         layers = layers_of(
             dense,
             pruned,
@@ -191,11 +192,12 @@ def build_report(
             Row("non-zero", costs[0].params, costs[1].nonzero),
             Row("file size", file_size(dense), file_size(model), "B"),
         ]
+        sizes = {batch_size(some, model): some for some in (single, whole) if some}
         if single:
-            rows.insert(2, Row(f"MACs (batch {batch_size(single)})", costs[0].macs, costs[1].macs))
+            rows.insert(2, Row(f"MACs (batch {next(iter(sizes))})", costs[0].macs, costs[1].macs))
         elif macs is not None:
             rows.insert(2, Row("MACs (batch 1)", *macs))
-        for size, some in {batch_size(some): some for some in (single, whole) if some}.items():
+        for size, some in sizes.items():
             before_, after = latencies([dense, model], some)
             rows.append(Row(f"latency (batch {size})", before_, after, "s"))
         layers: tuple[Layer, ...] = layers_of(

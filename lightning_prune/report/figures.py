@@ -149,11 +149,12 @@ def _layers(layers: Sequence[Layer]) -> Any:
     kept = [(layer.width[1] or 0) / layer.width[0] if layer.width[0] else 0.0 for layer in layers]
     left.barh(rows, [1.0] * len(layers), height=0.7, color=COLORS["dense"])
     left.barh(rows, kept, height=0.7, color=COLORS["pruned"])
-    zero = [[(layer.sparsity[side] or 0.0) for layer in layers] for side in (0, 1)]
-    right.barh(rows, zero[1], height=0.7, color=COLORS["pruned"])
+    told = [layer.sparsity[1] for layer in layers]
+    zeros = [value or 0.0 for value in told]
+    right.barh(rows, zeros, height=0.7, color=COLORS["pruned"])
     for row in rows:
         left.text(1.03, row, widths[row], va="center")
-        right.text(zero[1][row] + 0.02, row, f"{zero[1][row]:.2f}", va="center")
+        right.text(zeros[row] + 0.02, row, "–" if told[row] is None else f"{told[row]:.2f}", va="center")
     for axes, label in ((left, "neurons left (fraction of the layer's)"), (right, "zeros (fraction of parameters)")):
         axes.set_xlim(0, 1)
         axes.set_xlabel(label)
@@ -162,7 +163,7 @@ def _layers(layers: Sequence[Layer]) -> Any:
 
 
 def _count(value: int | None) -> str:
-    return "0" if value is None else f"{value:,}"
+    return "–" if value is None else f"{value:,}"
 
 
 # -- over time ---------------------------------------------------------------------------------------------------------

@@ -36,11 +36,13 @@ from lightning_prune import (
     remove_layers,
     sensitivity,
 )
+from lightning_prune.graph.run import as_calls
 from lightning_prune.models import LeNet
 from lightning_prune.pruning import progress
 from lightning_prune.pruning.latency import layer_times
 from lightning_prune.pruning.progress import progress_bar
 from lightning_prune.report.report import Moment, Row
+from lightning_prune.report.run import measurable
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -280,6 +282,75 @@ def test_a_report_asked_for_before_fit_is_one_clear_line(make: Any) -> None:
     with pytest.raises(PruningError, match=rf"this {type(callback).__name__} has no report yet: Trainer\.fit makes it"):
         callback.report_.save("report.html")
     assert not hasattr(callback, "report_")
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+class OfImages(nn.Module):
+    """A detector in small: takes a list of images of any size, gives a dict for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        found = [{"boxes": self.head(self.conv(each.unsqueeze(0)).relu()).flatten(2)[0].T} for each in images]
+        return found if targets is None else [{**each, **targets[n]} for n, each in enumerate(found)]
+
+
+class OfParts(nn.Module):
+    """Takes one batch in two parts, as a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 8), nn.Linear(5, 8)
+
+    def forward(self, parts: Any) -> Any:
+        return torch.cat([self.left(parts[0]), self.right(parts[1])], dim=1).relu()
+
+
+class OfState(nn.Module):
+    """Takes a batch and a state in two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Any, state: Any) -> Any:
+        return self.cell(x, state)[0]
+
+
+IMAGES = [torch.rand(3, 8, 10), torch.rand(3, 9, 9)]
+TARGETS = [{"labels": torch.ones(1)}, {"labels": torch.ones(3)}]
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "size"),
+    [
+        (OfImages, (IMAGES[:1],), 1),
+        (OfImages, (IMAGES,), 2),
+        (OfImages, (tuple(IMAGES), TARGETS), 2),
+        (OfImages, {"images": IMAGES * 2}, 4),
+        (OfParts, ([torch.rand(6, 3), torch.rand(6, 5)],), 6),
+        (OfState, (torch.rand(2, 7, 3), (torch.rand(1, 2, 4), torch.rand(1, 2, 4))), 2),
+        (OfState, (torch.rand(5, 7, 3), (torch.rand(1, 5, 4), torch.rand(1, 5, 4))), 5),
+        (lambda: nn.Linear(3, 2), torch.rand(7, 3), 7),
+    ],
+)
+def test_the_batch_is_what_the_model_takes_for_one(make: Any, inputs: Any, size: int) -> None:
+    model = make()
+    report = compare(model, model, inputs, latency=False)
+    assert f"MACs (batch {size})" in [row.name for row in report.rows]
+
+
+def test_one_example_of_a_list_is_one_image() -> None:
+    single, whole = measurable(OfImages(), as_calls((IMAGES, TARGETS)))
+    assert [each.shape for each in single[0].args[0]] == [IMAGES[0].shape]
+    assert len(single[0].args[1]) == 1
+    assert whole == as_calls((IMAGES, TARGETS))
+    (single,), _ = measurable(OfState(), as_calls((torch.rand(2, 7, 3), (torch.rand(1, 2, 4), torch.rand(1, 2, 4)))))
+    assert [tuple(each.shape) for each in single.args[1]] == [(1, 2, 4)] * 2  # a state of the whole batch: no first one
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

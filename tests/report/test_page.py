@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from browser import Browser, find_browser
 from torch import nn
 
-from lightning_prune import Plan, Report, Sensitivity, compare, prune_neurons, prune_weights
+from lightning_prune import Plan, Report, Sensitivity, compare, prune_neurons, prune_weights, remove_layers
 from lightning_prune.models import LeNet
-from lightning_prune.report.figures import COLORS
+from lightning_prune.report.figures import COLORS, draw_figures
 from lightning_prune.report.page import DARK
 from lightning_prune.report.report import Moment
 
@@ -164,3 +165,41 @@ def test_text_and_lines_stand_out(palette: tuple[dict[str, str], str]) -> None:
     for name, least in (("ink", 4.5), ("muted", 4.5), ("pruned", 3), ("second", 3), ("third", 3)):
         one, other = sorted((luminance(colors[name]), luminance(page)), reverse=True)
         assert (one + 0.05) / (other + 0.05) >= least, name
+
+
+def caption(report: Report, plot: str) -> str:
+    found = re.search(
+        rf'<section aria-labelledby="{plot}">.*?<figcaption>(.*?)</figcaption>', report.to_html(), re.DOTALL
+    )
+    assert found is not None
+    return unescape(found[1])
+
+
+def test_a_caption_promises_what_is_drawn() -> None:
+    report = small()
+    whole = replace(report, metric="val_acc")
+    assert caption(whole, "timeline").endswith("Below: the metric and the learning rate.")
+    without = replace(whole, timeline=tuple(replace(m, metric=None) for m in report.timeline))
+    assert caption(without, "timeline").endswith("Below: the learning rate. Nothing was logged as val_acc.")
+    neither = replace(without, metric="", timeline=tuple(replace(m, lr=None, macs=None) for m in without.timeline))
+    assert caption(neither, "timeline") == (
+        "Parameters as fractions of the dense model's, and the fraction of all parameters that is zero."
+    )
+    assert "the line is the magnitude" in caption(report, "weights")
+    unchosen = replace(report, weights=tuple(replace(each, threshold=None) for each in report.weights))
+    assert "line" not in caption(unchosen, "weights")
+
+
+def test_a_removed_layer_has_no_numbers_in_plot_and_table() -> None:
+    dense = LeNet(hidden=(120, 84, 84))
+    pruned = copy.deepcopy(dense)
+    plan = remove_layers(pruned, torch.rand(2, 3, 32, 32), 0.05)
+    assert isinstance(pruned.fc3, nn.Identity)
+    report = compare(dense, pruned, torch.rand(2, 3, 32, 32), plan=plan, latency=False)
+    texts = [text.get_text() for axes in draw_figures(report)["layers"].axes for text in axes.texts]
+    rows = [layer.name for layer in report.layers if len(layer.shape[0] or ()) > 1]
+    shown = dict(zip(rows, zip(texts[: len(rows)], texts[len(rows) :], strict=True), strict=True))
+    assert shown["fc3"] == ("– of 84", "–")
+    assert shown["fc2"] == ("84 of 84", "0.00")
+    assert "0.000 → –" in report.to_markdown()
+    assert "–: the layer was removed." in caption(report, "layers")
