@@ -254,7 +254,7 @@ def _curve(
     x, y = zip(*points, strict=True) if points else ((), ())
     few = len(points) <= 60
     shown = marker if few else None
-    axes.plot(x, y, color=COLORS[color], marker=shown, ms=3.5, lw=1.3, label=label, drawstyle=drawstyle)
+    axes.plot(x, y, color=COLORS[color], marker=shown, ms=3.5, lw=1.3, label=label, drawstyle=drawstyle, clip_on=False)
 
 
 # -- sensitivity -------------------------------------------------------------------------------------------------------
@@ -288,6 +288,7 @@ def _curves(found: Sensitivity, labels: Sequence[str]) -> Any:
             ms=4,
             lw=1.3,
             label=label,
+            clip_on=False,
         )
     axes.axhline(found.base, color=COLORS["dense"], lw=1.5, zorder=1, label="nothing masked")
     axes.set_xlabel("fraction of the group's neurons masked")

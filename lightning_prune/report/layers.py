@@ -58,13 +58,14 @@ def layers_of(
         if gone:
             status, reason = "", "removed: its input is passed on"
             here[1] = {**dict.fromkeys(("params", "nonzero", "macs", "bytes"), 0)}
+        before, after = _activations(name, twins, activations)
         share = [None if each is None else each.get(name, 0.0) for each in shares]
         found.append(
             Layer(
                 name,
                 type(module).__name__,
                 latency_share=(share[0], share[1]),
-                activation=_activations(name, twins, activations),
+                activation=(before, None if gone else after),
                 status=status,
                 reason=reason,
                 **{key: (here[0].get(key), here[1].get(key)) for key in here[0]},
@@ -151,8 +152,6 @@ def statuses(model: nn.Module, plan: Plan, groups: Groups | None = None) -> dict
         own = [f"{name}.{each}" if name else each for each, _ in module.named_parameters(recurse=False)]
         made = [f"{each}[{dim}]" for each in own for dim in [_made_dim(module, each.rpartition(".")[2])]]
         reasons = [reason for key, reason in plan.frozen.items() if key.partition(" ")[0] in made]
-        if name in plan.frozen:
-            reasons.append(plan.frozen[name])
         lost = any(_made_dim(module, each.rpartition(".")[2]) in plan.kept.get(each, {}) for each in own)
         if lost:
             found[name] = ("exact", "")
@@ -167,7 +166,8 @@ def statuses(model: nn.Module, plan: Plan, groups: Groups | None = None) -> dict
                 found[name] = ("exact", "") if group.exact else told
     for names, mixing in plan.approximate.items():
         found |= dict.fromkeys(names.split(" + "), ("approximate", mixing))
-    return found
+    # Why a whole layer or its kernel stays says nothing of its neurons: it is told where nothing is known of these.
+    return {name: ("frozen", plan.frozen[name]) for name, _ in model.named_modules() if name in plan.frozen} | found
 
 
 def _made_dim(module: nn.Module, parameter: str) -> int:

@@ -24,6 +24,7 @@ from lightning_prune import (
     KernelShrinking,
     LayerPruning,
     NeuronPruning,
+    Plan,
     PruningError,
     Report,
     Sensitivity,
@@ -31,6 +32,7 @@ from lightning_prune import (
     WeightPruning,
     compare,
     count_cost,
+    find_groups,
     prune_neurons,
     prune_weights,
     remove_layers,
@@ -41,6 +43,7 @@ from lightning_prune.models import LeNet
 from lightning_prune.pruning import progress
 from lightning_prune.pruning.latency import layer_times
 from lightning_prune.pruning.progress import progress_bar
+from lightning_prune.report.layers import statuses
 from lightning_prune.report.report import Moment, Row
 from lightning_prune.report.run import measurable
 
@@ -138,6 +141,7 @@ def test_a_removed_layer_counts_nothing_and_says_so() -> None:
     layer = {each.name: each for each in compare(dense, pruned, x, plan=plan, latency=False).layers}[f"{path}.0"]
     assert (layer.params, layer.macs, layer.shape[1]) == ((42, 0), (72, 0), None)
     assert layer.reason.startswith("removed")
+    assert layer.activation[1] is None, "what passes its input on is no activation that was chosen"
 
 
 def test_the_threshold_parts_what_went_from_what_stayed() -> None:
@@ -282,6 +286,15 @@ def test_a_report_asked_for_before_fit_is_one_clear_line(make: Any) -> None:
     with pytest.raises(PruningError, match=rf"this {type(callback).__name__} has no report yet: Trainer\.fit makes it"):
         callback.report_.save("report.html")
     assert not hasattr(callback, "report_")
+
+
+def test_what_is_said_of_layers_is_not_said_of_their_neurons() -> None:
+    """A norm layer can't be removed as a layer; its channels can go."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    plan = Plan({}, {}, frozen={"1": "has no weights but scales and shifts", "2": "has no weights"})
+    told = statuses(model, plan, find_groups(model, torch.rand(1, 3, 9, 9)))
+    assert told["1"] == ("exact", "")
+    assert told["2"] == ("frozen", "has no weights")
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
