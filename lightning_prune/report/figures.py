@@ -23,7 +23,7 @@ COLORS = {
     "third": "#00805d",
 }
 """What things are drawn in; told apart with any colour vision, and by shape where two share a plot."""
-CYCLE = ("pruned", "second", "third", "muted")
+CYCLE = ("pruned", "second", "third", "ink")
 STYLES = ("-", "--", ":")
 MARKERS = "osv^DPX*<>"
 

@@ -167,7 +167,9 @@ def statuses(model: nn.Module, plan: Plan, groups: Groups | None = None) -> dict
     for names, mixing in plan.approximate.items():
         found |= dict.fromkeys(names.split(" + "), ("approximate", mixing))
     # Why a whole layer or its kernel stays says nothing of its neurons: it is told where nothing is known of these.
-    return {name: ("frozen", plan.frozen[name]) for name, _ in model.named_modules() if name in plan.frozen} | found
+    kept = {name.rpartition(".")[0] for name in plan.kept}
+    told_of = [name for name, _ in model.named_modules() if name in plan.frozen and name not in kept]
+    return {name: ("frozen", plan.frozen[name]) for name in told_of} | found
 
 
 def _made_dim(module: nn.Module, parameter: str) -> int:

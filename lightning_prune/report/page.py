@@ -51,7 +51,7 @@ a { color: var(--link); }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 .scroll { overflow: auto; max-width: 100%; border: 1px solid var(--grid); border-radius: 6px; }
 .tall { max-height: 36rem; }
-.tall table { font-size: .8rem; }
+.tall table { font-size: .78rem; }
 .tall th, .tall td { padding: .25rem .5rem; }
 table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
@@ -60,7 +60,7 @@ thead th { position: sticky; top: 0; z-index: 1; background: var(--card); font-w
 tbody th { font-weight: 400; background: var(--page); }
 th:first-child, td.text, th.text { text-align: left; }
 @media (min-width: 48rem) { th:first-child { position: sticky; left: 0; } thead th:first-child { z-index: 2; } }
-td.why { white-space: normal; min-width: 13rem; }
+td.why { white-space: normal; min-width: 9rem; }
 .bar { display: inline-block; vertical-align: middle; width: 8rem; height: .7rem; background: var(--dense);
   border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--pruned); }

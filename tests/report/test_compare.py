@@ -37,6 +37,7 @@ from lightning_prune import (
     prune_weights,
     remove_layers,
     sensitivity,
+    shrink_kernels,
 )
 from lightning_prune.graph.run import as_calls
 from lightning_prune.models import LeNet
@@ -295,6 +296,10 @@ def test_what_is_said_of_layers_is_not_said_of_their_neurons() -> None:
     told = statuses(model, plan, find_groups(model, torch.rand(1, 3, 9, 9)))
     assert told["1"] == ("exact", "")
     assert told["2"] == ("frozen", "has no weights")
+    shrunk = shrink_kernels(model, torch.rand(1, 3, 9, 9), 0.3)
+    assert shrunk.kept.keys() & {"0.weight", "3.weight"}
+    told = statuses(model, Plan(shrunk.kept, shrunk.shapes, frozen={"0": "has no ring", "3": "has no ring"}))
+    assert [name in told for name in ("0", "3")] == [f"{name}.weight" not in shrunk.kept for name in ("0", "3")]
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

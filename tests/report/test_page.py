@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_prune import Plan, Report, Sensitivity, compare, prune_neurons, prune_weights, remove_layers
 from lightning_prune.models import LeNet
-from lightning_prune.report.figures import COLORS, draw_figures
+from lightning_prune.report.figures import COLORS, CYCLE, draw_figures
 from lightning_prune.report.page import DARK
 from lightning_prune.report.report import Moment
 
@@ -150,6 +150,26 @@ def test_ids_in_the_page_are_unique_and_names_are_text(page: Path) -> None:
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert not re.search(r"(src|href)=\"(?!#|data:)", text)
+
+
+@pytest.mark.parametrize("palette", [COLORS, DARK], ids=["light", "dark"])
+def test_curves_are_told_apart_without_red_and_green(palette: dict[str, str]) -> None:
+    """Colours that follow each other, as a deuteranope sees them (Machado et al., 2009), differ in CIE L*a*b*."""
+    simulated = torch.tensor(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    )
+    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def lab(color: str) -> torch.Tensor:
+        value = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+        xyz = to_xyz @ (simulated @ linear).clamp(0, 1) / torch.tensor([0.9505, 1.0, 1.089])
+        f = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
+        return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    for number, one in enumerate(CYCLE):
+        for other in CYCLE[:number]:
+            assert float((lab(palette[one]) - lab(palette[other])).norm()) > 20, (one, other)
 
 
 @pytest.mark.parametrize("palette", [(COLORS, "#ffffff"), (DARK, "#14171a")], ids=["light", "dark"])
