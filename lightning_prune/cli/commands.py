@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -358,9 +359,9 @@ def _fill_prune(parser: Parser) -> None:
 
 
 def _prune(options: Any) -> None:
-    for path in (options["out"], options["report"]):
-        if path is not None:
-            output.check_writable(path)
+    _check_safetensors(options["out"])
+    if options["report"] is not None:
+        output.check_report(options["report"])
     asked = {group: _step_options(options, group) for group in _STEPS}
     if not any(each["amount"] for each in asked.values()):
         ways = [f"--{group}.amount" if group else "--amount" for group in sorted(_STEPS)]
@@ -376,11 +377,17 @@ def _prune(options: Any) -> None:
             done = function(model, inputs, **asked[group])
             plan = plan.then(done) if isinstance(done, Plan) else plan
     report = compare(dense, model, inputs, plan=plan, title=loaded.title, latency=options["latency"])
-    with output.whole_file(options["out"]) as temporary:
-        save_pruned(model, temporary)
-    if options["report"]:
-        report.save(options["report"])
+    with ExitStack() as files:  # both or none
+        save_pruned(model, files.enter_context(output.whole_file(options["out"])))
+        if options["report"]:
+            report.save(files.enter_context(output.whole_file(options["report"])))
     _show(options, report, report.to_dict)
+
+
+def _check_safetensors(path: Path) -> None:
+    output.check_writable(path)
+    if path.suffix.lower() != ".safetensors":
+        raise PruningError(f"what is written is a safetensors file: --out must end so, got {path.name!r}")
 
 
 def _step_options(options: Any, group: str) -> dict[str, Any]:
@@ -404,7 +411,7 @@ def _fill_compare(parser: Parser) -> None:
 
 def _compare(options: Any) -> None:
     if options["out"] is not None:
-        output.check_writable(options["out"])
+        output.check_report(options["out"])
     names = options["dense"], options["pruned"]
     cls = options["class"] or next((name for name in names if not is_file(name)), None)
     loaded = [open_model(name, cls=cls if is_file(name) else None, init=options["init"]) for name in names]
@@ -427,7 +434,7 @@ def _fill_report(parser: Parser) -> None:
 
 
 def _report(options: Any) -> None:
-    output.check_writable(options["out"])
+    output.check_report(options["out"])
     if Path(options["model"]).suffix.lower() == ".json":
         report = _saved_report(Path(options["model"]))
     else:
@@ -521,7 +528,7 @@ def _fill_sensitivity(parser: Parser) -> None:
 
 def _sensitivity(options: Any) -> None:
     if options["out"] is not None:
-        output.check_writable(options["out"])
+        output.check_figure(options["out"])
     loaded = _open(options)
     if options["weights"]:
         load_weights(loaded.model, options["weights"])
@@ -530,18 +537,9 @@ def _sensitivity(options: Any) -> None:
     own = ("metric", "criterion", "ratios", "include", "exclude", "progress")
     found = _curves(loaded.model, batches, **{name: options[name] for name in own if name in options})
     if options["out"] is not None:
-        _save_figure(found, options["out"])
-    _show(options, str(found), found.to_dict)
-
-
-def _save_figure(found: Any, path: Path) -> None:
-    with output.whole_file(path) as temporary:
-        try:
+        with output.whole_file(options["out"]) as temporary:
             found.plot(temporary)
-        except PruningError:
-            raise
-        except ValueError as error:  # matplotlib, of an ending that it doesn't know
-            raise PruningError(f"{path}: {str(error).splitlines()[0]}") from error
+    _show(options, str(found), found.to_dict)
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.pruning.sensitivity import Sensitivity
 from lightning_prune.report.report import Histogram, Layer, Moment, Report
 
-__all__ = ["COLORS", "draw_figures"]
+__all__ = ["COLORS", "check_plots", "draw_figures"]
 
 COLORS = {
     "ink": "#1c2024",
@@ -36,6 +36,19 @@ MOST_CURVES = 10
 """More than so many curves in one plot can't be told apart; they become the rows of a table of colours."""
 
 
+def check_plots() -> Any:
+    """The package that draws.
+
+    Raises:
+        PruningError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
+    return matplotlib
+
+
 def draw_figures(report: Report) -> dict[str, Any]:
     """Every plot that the report has data for.
 
@@ -45,10 +58,7 @@ def draw_figures(report: Report) -> dict[str, Any]:
     Raises:
         PruningError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
+    matplotlib = check_plots()
     style: dict[Any, Any] = {
         "font.size": FONT,
         "axes.titlesize": FONT,

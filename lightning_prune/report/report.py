@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.sensitivity import Sensitivity
 
-__all__ = ["Histogram", "Layer", "Moment", "Report", "Row", "timeline_of"]
+__all__ = ["Histogram", "Layer", "Moment", "Report", "Row", "check_ending", "timeline_of"]
 
 T = TypeVar("T")
 Pair = tuple[T | None, T | None]
@@ -254,18 +254,25 @@ class Report:
         Raises:
             PruningError: Another ending, or the file can't be written; what was there before is whole then.
         """
-        kinds: dict[str, Callable[[], str]] = {
-            ".html": self.to_html,
-            ".md": self.to_markdown,
-            ".json": self.to_json,
-            ".csv": self.to_csv,
-            ".txt": lambda: f"{self}\n",
-        }
         path = Path(path)
-        kind = kinds.get(path.suffix.lower())
-        if kind is None:
-            raise PruningError(f"a report is saved as one of {', '.join(kinds)}, got {path.name!r}")
-        _write(path, kind())
+        check_ending(path)
+        _write(path, KINDS[path.suffix.lower()](self))
+
+
+KINDS: dict[str, Callable[[Report], str]] = {
+    ".html": Report.to_html,
+    ".md": Report.to_markdown,
+    ".json": Report.to_json,
+    ".csv": Report.to_csv,
+    ".txt": lambda report: f"{report}\n",
+}
+"""What is written, by the ending of a file."""
+
+
+def check_ending(path: Path) -> None:
+    """Raise a PruningError unless a report can be saved under such a name."""
+    if path.suffix.lower() not in KINDS:
+        raise PruningError(f"a report is saved as one of {', '.join(KINDS)}, got {path.name!r}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -38,6 +38,7 @@ from lightning_prune import (
 from lightning_prune.cli import commands, main, output
 from lightning_prune.cli.models import import_object, open_model
 from lightning_prune.models import LeNet
+from lightning_prune.report.report import KINDS
 
 NETS = str(Path(__file__).with_name("nets.py"))
 LENET = "lightning_prune.models:LeNet"
@@ -245,6 +246,63 @@ def test_a_file_is_written_whole_or_not_at_all(error: BaseException, tmp_path: P
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["nothing there", "files there"])
+def test_model_and_report_are_both_written_or_none(
+    before: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, report = tmp_path / "a.safetensors", tmp_path / "a.md"
+    for path in (out, report) if before else ():
+        path.write_bytes(b"before")
+
+    def fail(self: Any) -> str:
+        raise PruningError("no report today")
+
+    monkeypatch.setitem(KINDS, ".md", fail)
+    words = (
+        "prune",
+        f"{NETS}:Net",
+        "--amount",
+        "0.5",
+        "--latency",
+        "false",
+        "--out",
+        str(out),
+        "--report",
+        str(report),
+    )
+    assert "no report today" in error_of(capsys, *words)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == (
+        {"a.safetensors": b"before", "a.md": b"before"} if before else {}
+    )
+
+
+def test_what_cannot_be_written_so_is_told_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the model looked for, that would be the error."""
+    at = {end: str(tmp_path / f"a{end}") for end in (".safetensors", ".ckpt", ".docx", ".html", ".png")}
+    prune = ("prune", "nowhere:Net", "--amount", "0.5", "--out")
+    assert "a safetensors file: --out must end so, got 'a.ckpt'" in error_of(capsys, *prune, at[".ckpt"])
+    for words in (
+        (*prune, at[".safetensors"], "--report", at[".docx"]),
+        ("compare", "nowhere:Net", "nowhere:Net", "--out", at[".docx"]),
+        ("report", "nowhere.ckpt", "--out", at[".docx"]),
+    ):
+        assert "a report is saved as one of .html, .md, .json, .csv, .txt, got 'a.docx'" in error_of(capsys, *words)
+    sensitivity = ("sensitivity", "nowhere:Net", "--out")
+    pytest.importorskip("matplotlib")
+    assert "a figure is saved as one of" in error_of(capsys, *sensitivity, at[".docx"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for words in (
+        (*prune, at[".safetensors"], "--report", at[".html"]),
+        ("compare", "nowhere:Net", "nowhere:Net", "--out", at[".html"]),
+        ("report", "nowhere.ckpt", "--out", at[".html"]),
+        (*sensitivity, at[".png"]),
+    ):
+        assert 'pip install "lightning-prune[plots]"' in error_of(capsys, *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_that_fails_leaves_what_was_there(
