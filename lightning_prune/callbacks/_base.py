@@ -29,7 +29,7 @@ from lightning_prune.pruning.select import check_amount, globs
 from lightning_prune.pruning.sensitivity import Sensitivity
 from lightning_prune.report.build import build_report
 from lightning_prune.report.cost import Cost, cost_of_calls
-from lightning_prune.report.layers import magnitudes, weights_of
+from lightning_prune.report.layers import counts_of, magnitudes, weights_of
 from lightning_prune.report.report import Moment, Report, timeline_of
 from lightning_prune.report.run import measurable, needs_library
 from lightning_prune.schedulers import FollowsPruning
@@ -410,7 +410,7 @@ class PruningCallback(Reporting[Report], Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint knows."""
         timeline = timeline_of(state_dict.get("timeline", ()))
-        before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
+        before = counts_of(state_dict.get("before", {}))
         self.amount_, self.timeline_, self._before = state_dict["amount"], timeline, before
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

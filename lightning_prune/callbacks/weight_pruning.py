@@ -32,7 +32,7 @@ from lightning_prune.pruning.weight_criteria import (
     mix_seed,
 )
 from lightning_prune.pruning.weights import check_finite, check_fit, check_scope, choose_masks, prunable_weights
-from lightning_prune.report.layers import threshold_of
+from lightning_prune.report.layers import threshold_of, thresholds_of
 
 __all__ = ["WeightPruning"]
 
@@ -485,7 +485,7 @@ class WeightPruning(PruningCallback):
                 sums, stale, ranks = {}, set(), []  # another criterion has collected something else
             seed, lost, rewind = state_dict["seed"], bool(state_dict["lost"]), state_dict["rewind"]
             rewind = None if rewind is None else Rewind.from_dict(rewind)
-            thresholds = dict(state_dict.get("thresholds", {}))
+            thresholds = thresholds_of(state_dict.get("thresholds", {}))
             super().load_state_dict(state_dict)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PruningError(

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune import __version__
 from lightning_prune.cli import output
 from lightning_prune.cli.completion import COMPLETION, completion_script, wanted_shell
 from lightning_prune.cli.export import FORMATS, export_model
 from lightning_prune.cli.inputs import describe, find_inputs
 from lightning_prune.cli.judge import find_data, find_metric
 from lightning_prune.cli.models import Loaded, import_object, is_file, load_weights, open_model
-from lightning_prune.cli.parser import Parser, one_line_errors
+from lightning_prune.cli.parser import Parser, one_line_errors, reason_of, theirs
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.export import save_pruned
 from lightning_prune.graph.groups import Groups, find_groups
@@ -34,11 +35,16 @@ from lightning_prune.pruning.sensitivity import sensitivity as measure_sensitivi
 from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.report.build import build_report, compare
 from lightning_prune.report.cost import count_cost
+from lightning_prune.report.figures import draw_figures
+from lightning_prune.report.layers import counts_of, thresholds_of
 from lightning_prune.report.report import Moment, Report, timeline_of
 
 __all__ = ["run"]
 
 PROG = "lightning-prune"
+
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C has ended, as shells have it."""
 
 MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:NAME, path/to/file.py:NAME, or a file: a Lightning checkpoint "
@@ -159,6 +165,7 @@ _STEPS: dict[str, Callable[..., Any]] = {"layers": _layers, "kernels": _kernels,
 def _parser() -> Parser:
     parser = Parser(
         prog=PROG,
+        version=__version__,
         description="See what of a model can be pruned, prune it, compare, report and export. "
         f"{COMPLETION}=bash prints a script for shell completion.",
     )
@@ -201,7 +208,7 @@ def _known(parser: Any) -> tuple[set[str], set[str]]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse and do; exit code 0, or 2 after one line on stderr."""
+    """Parse and do; exit code 0, or after one line on stderr 2, and 130 where Ctrl-C was pressed."""
     try:
         with one_line_errors(PROG):
             parser = _parser()
@@ -211,16 +218,28 @@ def run(arguments: Sequence[str]) -> int:
                 return 0
             parsed = parser.parse_args(_plain(arguments, parser))
             command = parsed["command"]
-            torch.manual_seed(parsed[command]["seed"])
-            with warnings.catch_warnings():
+            _seed(parsed[command]["seed"])
+            with warnings.catch_warnings(record=True) as warned:  # an error is one line
                 warnings.simplefilter("error", NoEffectWarning)
                 try:
                     COMMANDS[command][0](parsed[command])
                 except NoEffectWarning as warning:
                     raise PruningError(str(warning)) from warning
+            for said in dict.fromkeys(reason_of(each.message) for each in warned if isinstance(each.message, Warning)):
+                output.note(f"warning: {said}")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        output.note(f"{PROG}: interrupted; files are as they were")
+        return INTERRUPTED
     return 0
+
+
+def _seed(seed: int) -> None:
+    try:
+        torch.manual_seed(seed)
+    except (ValueError, RuntimeError) as error:
+        raise PruningError(f"--seed is a whole number of 64 bits, got {seed}") from error
 
 
 def _open(options: Any, name: str | None = None) -> Loaded:
@@ -473,38 +492,36 @@ def _report_of_file(options: Any) -> Report:
         pruned_value=value,
         activations=loaded.activations,
         timeline=timeline,
-        before=_gathered(loaded.state, "before"),
-        thresholds=_gathered(loaded.state, "thresholds"),
+        before=next((found for each in _states(loaded.state) if (found := counts_of(each.get("before", {})))), {}),
+        thresholds={
+            name: value
+            for each in _states(loaded.state)
+            for name, value in thresholds_of(each.get("thresholds", {})).items()
+        },
     )
     return replace(report, title=loaded.title)
 
 
 def _timeline(checkpoint: Mapping[str, Any]) -> list[Moment]:
     """What the callback that knows most has recorded."""
-    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-    recorded: list[dict[str, Any]] = max(
-        (state["timeline"] for state in states if state.get("timeline")), key=len, default=[]
-    )
-    return timeline_of(recorded)
+    return max((timeline_of(state.get("timeline", ())) for state in _states(checkpoint)), key=len, default=[])
 
 
-def _gathered(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What callbacks have kept of the weights, each of its own."""
-    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-    found: dict[str, Any] = {}
-    for state in states:
-        found |= state.get(key) or {}
-    return found
+def _states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of the callbacks in a checkpoint."""
+    states = checkpoint.get("callbacks", {})
+    return [each for each in states.values() if isinstance(each, Mapping)] if isinstance(states, Mapping) else []
 
 
 def _monitored(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, float | None]:
     """The metric by which a ModelCheckpoint has kept this very file, where one has."""
-    for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, Mapping) or not isinstance(state.get("best_k_models"), Mapping):
+    for state in _states(checkpoint):
+        if not isinstance(state.get("best_k_models"), Mapping):
             continue
         scores = {Path(name).name: score for name, score in state["best_k_models"].items()}
-        if path.name in scores and state.get("monitor"):
-            return str(state["monitor"]), float(scores[path.name])
+        score = scores.get(path.name)
+        if state.get("monitor") and isinstance(score, int | float | Tensor):
+            return str(state["monitor"]), float(score)
     return "", None
 
 
@@ -535,10 +552,11 @@ def _sensitivity(options: Any) -> None:
     inputs, _ = _inputs(options, loaded)
     batches = find_data(options["data"], loaded.model, inputs, options["batches"])
     own = ("metric", "criterion", "ratios", "include", "exclude", "progress")
-    found = _curves(loaded.model, batches, **{name: options[name] for name in own if name in options})
+    with theirs(f"measuring {loaded.title}"):
+        found = _curves(loaded.model, batches, **{name: options[name] for name in own if name in options})
     if options["out"] is not None:
         with output.whole_file(options["out"]) as temporary:
-            found.plot(temporary)
+            draw_figures(Report((), sensitivity=found))["sensitivity"].savefig(temporary)
     _show(options, str(found), found.to_dict)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_prune.activations.apply import Change
-from lightning_prune.cli.parser import Parser, near, short
+from lightning_prune.cli.parser import Parser, near, reason_of, short, theirs
 from lightning_prune.errors import PruningError
 from lightning_prune.export import load_pruned
 from lightning_prune.pruning.plan import Plan
@@ -109,12 +109,8 @@ def _build(spec: str, init: Mapping[str, Any]) -> Loaded:
 
 
 def _call(spec: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
-    try:
+    with theirs(spec):
         model = make(**arguments)
-    except PruningError:
-        raise
-    except Exception as error:  # whatever a user's constructor may raise
-        raise PruningError(f"{spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise PruningError(f"{spec} gives no nn.Module but {type(model).__name__}")
     return model
@@ -221,8 +217,8 @@ def _module(name: str, spec: str) -> Any:
         raise PruningError(f"importing {name} failed: {error}") from error
     except (ValueError, TypeError) as error:
         raise PruningError(f"{spec!r} is no import path: {error}") from error
-    except Exception as error:  # whatever a user's module may raise
-        raise PruningError(f"importing {name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's module may raise
+        raise PruningError(f"importing {name} raised {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _module_of_file(path: Path) -> Any:
@@ -243,9 +239,9 @@ def _module_of_file(path: Path) -> Any:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's module may raise
+    except (Exception, SystemExit) as error:  # whatever a user's module may raise
         del sys.modules[path.stem]
-        raise PruningError(f"importing {path.name} raised {type(error).__name__}: {error}") from error
+        raise PruningError(f"importing {path.name} raised {type(error).__name__}: {reason_of(error)}") from error
     return module
 
 
@@ -330,6 +326,8 @@ def _from_checkpoint(path: Path, cls: str, init: Mapping[str, Any]) -> Loaded:
             reason = str(error).replace(str(harmless), str(path))
             if not isinstance(error, PruningError):
                 reason = f"{path} is no checkpoint of {thing.__name__}: {reason}"
+            elif str(path) not in reason:
+                reason = f"{path}: {reason}"
             raise PruningError(reason) from error
     plan, activations = model.pruning_plan, model.activation_plan.activations
     if knows is not thing:

@@ -264,7 +264,8 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
     except (RuntimeError, KeyError, UnpicklingError) as error:
         if isinstance(error, PruningError):
             raise
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
+        said = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {said}") from error
     if knows is not cls:
         module.__class__ = cls
         module.__dict__.pop("pruning_plan", None)

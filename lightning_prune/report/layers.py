@@ -18,7 +18,16 @@ from lightning_prune.pruning.weights import prunable_weights
 from lightning_prune.report.cost import Cost
 from lightning_prune.report.report import Histogram, Layer
 
-__all__ = ["histograms", "layers_of", "magnitudes", "statuses", "threshold_of", "weights_of"]
+__all__ = [
+    "counts_of",
+    "histograms",
+    "layers_of",
+    "magnitudes",
+    "statuses",
+    "threshold_of",
+    "thresholds_of",
+    "weights_of",
+]
 
 WIDTHS = ("out_features", "out_channels", "num_features", "embedding_dim", "embed_dim", "hidden_size", "nf")
 """Attributes that hold how many neurons a layer makes, torch's and transformers'; the first that is there counts."""
@@ -204,6 +213,32 @@ def magnitudes(weight: Tensor) -> list[int]:
     places = ((sizes.log10() - LOW) / WIDTH).long().clamp(0, BINS - 1)
     counts: list[int] = torch.bincount(places, minlength=BINS).tolist()
     return counts
+
+
+def counts_of(data: Any) -> dict[str, list[int]]:
+    """`magnitudes` by weight, from the plain data that checkpoints hold.
+
+    Raises:
+        PruningError: It is something else, or has other bins.
+    """
+    if not isinstance(data, Mapping) or not all(_are_counts(counts) for counts in data.values()):
+        raise PruningError(f"the histograms of weights can't be read: they are not {BINS} counts by name")
+    return {name: list(counts) for name, counts in data.items()}
+
+
+def _are_counts(counts: Any) -> bool:
+    return isinstance(counts, list) and len(counts) == BINS and all(type(count) is int for count in counts)
+
+
+def thresholds_of(data: Any) -> dict[str, float]:
+    """Thresholds by weight, from the plain data that checkpoints hold.
+
+    Raises:
+        PruningError: It is something else.
+    """
+    if not isinstance(data, Mapping) or not all(type(value) in (int, float) for value in data.values()):
+        raise PruningError("the thresholds of weights can't be read: they are not numbers by name")
+    return dict(data)
 
 
 def histograms(

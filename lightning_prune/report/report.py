@@ -7,10 +7,11 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.sensitivity import Sensitivity
@@ -332,5 +333,24 @@ def _finite(value: Any) -> Any:
 
 def _made(cls: type[T], data: Mapping[str, Any]) -> T:
     """One of the dataclasses above, from plain data; what else stands there is left aside."""
-    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{name: _tupled(value) for name, value in data.items() if name in known})
+    kinds = get_type_hints(cls)
+    given = {name: _tupled(value) for name, value in data.items() if name in kinds}
+    for name, value in given.items():
+        if not _is(value, kinds[name]):
+            raise TypeError(f"{name!r} of a {cls.__name__} can't be {value!r}")
+    return cls(**given)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether plain data is of the type of a field of the dataclasses above."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is(value, each) for each in parts)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = (parts[0],) * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(_is(each, part) for each, part in zip(value, parts, strict=True))
+    if kind is float:
+        kind = int | float
+    return isinstance(value, kind) and not isinstance(value, bool)
