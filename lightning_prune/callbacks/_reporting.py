@@ -26,10 +26,13 @@ class Reporting(Generic[Told]):
         """What came of the last ``fit``; None while there is nothing to tell, and on other ranks than 0.
 
         Raises:
-            NoReportError: There was no ``fit`` yet.
+            NoReportError: There was no ``fit`` yet, or none in this process.
         """
         if not self._has_run:
-            raise NoReportError(f"this {type(self).__name__} has no report yet: Trainer.fit makes it")
+            raise NoReportError(
+                f"this {type(self).__name__} has no report yet: Trainer.fit makes it, and in spawned or forked "
+                "processes it stays there"
+            )
         return self._report
 
     @report_.setter

@@ -43,9 +43,6 @@ __all__ = ["run"]
 
 PROG = "lightning-prune"
 
-INTERRUPTED = 130
-"""Exit code of what Ctrl-C has ended, as shells have it."""
-
 MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:NAME, path/to/file.py:NAME, or a file: a Lightning checkpoint "
     "(.ckpt) or what save_pruned wrote (.safetensors)"
@@ -208,7 +205,7 @@ def _known(parser: Any) -> tuple[set[str], set[str]]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse and do; exit code 0, or after one line on stderr 2, and 130 where Ctrl-C was pressed."""
+    """Parse and do; exit code 0, or 2 after one line on stderr."""
     try:
         with one_line_errors(PROG):
             parser = _parser()
@@ -229,9 +226,6 @@ def run(arguments: Sequence[str]) -> int:
                 output.note(f"warning: {said}")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
-    except KeyboardInterrupt:
-        output.note(f"{PROG}: interrupted; files are as they were")
-        return INTERRUPTED
     return 0
 
 
