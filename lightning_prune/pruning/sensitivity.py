@@ -88,6 +88,7 @@ class Sensitivity:
             raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
         figure = Figure(figsize=(7, 4.5))
         axes = figure.add_subplot()
+        axes.set_prop_cycle(color=["#0072b2", "#c44e00", "#00805d", "#1c2024"])  # told apart with any colour vision
         markers = "osv^Dpx+*<>"
         for number, (key, row) in enumerate(self.values.items()):
             ratios = sorted(row)

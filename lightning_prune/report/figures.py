@@ -105,7 +105,7 @@ def _text_width(texts: Sequence[str]) -> float:
 
     font = FontProperties(family="DejaVu Sans", size=FONT)
     widths = [TextPath((0, 0), text, prop=font, usetex=False).get_extents().width for text in texts if text.strip()]
-    return max(widths, default=0.0) / 72
+    return 1.03 * max(widths, default=0.0) / 72  # where letters are placed on whole pixels, text gets longer
 
 
 def _rows(labels: Sequence[str], panels: int, *, right: Sequence[float], legend: int = 0) -> tuple[Any, list[Any]]:

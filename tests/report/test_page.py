@@ -223,3 +223,22 @@ def test_a_removed_layer_has_no_numbers_in_plot_and_table() -> None:
     assert shown["fc2"] == ("84 of 84", "0.00")
     assert "0.000 → –" in report.to_markdown()
     assert "–: the layer was removed." in caption(report, "layers")
+
+
+@pytest.mark.parametrize("curves_of", [3, 30], ids=["curves", "rows of colours"])
+def test_long_names_are_whole_in_a_picture_of_dots(curves_of: int) -> None:
+    """Loggers get one: its letters stand on whole pixels, so that text is longer than its outline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [" + ".join(f"transformer.h.{n}.mlp.c_proj" for n in range(8)) + f".{curve}" for curve in range(curves_of)]
+    found = Sensitivity("agreement", 1.0, {name: {0.3: 0.9, 0.7: 0.5} for name in names})
+    figure = draw_figures(Report((), sensitivity=found))["sensitivity"]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, _ = canvas.get_width_height()
+    legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
+    texts = [text for legend in legends for text in legend.get_texts()]
+    texts += [label for axes in figure.axes for label in axes.get_yticklabels()]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts if text.get_text()]
+    assert len(boxes) > curves_of
+    assert all(box.x0 >= 0 and box.x1 <= width for box in boxes)
