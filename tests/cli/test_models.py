@@ -227,7 +227,7 @@ def test_a_function_that_a_checkpoint_names_is_not_called(
     content = {
         "state_dict": lit.state_dict(),
         "hyper_parameters": {"lr": 0.25, "_instantiator": "evil.make", "_class_path": "evil.Net"},
-        "pytorch-lightning_version": "2.6.0",
+        "pytorch-lightning_version": "2.5.0",
     }
     torch.save(content, tmp_path / "a.ckpt")
     found: Any = open_model(str(tmp_path / "a.ckpt"), cls=f"{NETS}:Lit", init={"network": _network()}).model
@@ -285,7 +285,7 @@ def test_what_callbacks_never_wrote_is_told(
 ) -> None:
     init = {"network": _network()}
     lit = open_model(f"{NETS}:Lit", init=init).model
-    content = {"state_dict": lit.state_dict(), "callbacks": callbacks, "pytorch-lightning_version": "2.6.0"}
+    content = {"state_dict": lit.state_dict(), "callbacks": callbacks, "pytorch-lightning_version": "2.5.0"}
     torch.save(content, tmp_path / "a.ckpt")
     words = ("--class", f"{NETS}:Lit", "--init", json.dumps(init), "--out", str(tmp_path / "a.html"))
     assert said in error_of(capsys, "report", str(tmp_path / "a.ckpt"), *words)
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_another_class_is_told(tmp_path: Path, capsys: pytest.Ca
     lit = error_of(capsys, "inspect", path, "--class", f"{NETS}:Lit", "--init.network", "lightning_prune.models.LeNet")
     assert f"{path} is no checkpoint of Lit" in lit
     assert "it has no 'pytorch-lightning_version'" in lit
-    torch.save(torch.load(path, weights_only=True) | {"pytorch-lightning_version": "2.6.0"}, tmp_path / "b.ckpt")
+    torch.save(torch.load(path, weights_only=True) | {"pytorch-lightning_version": "2.5.0"}, tmp_path / "b.ckpt")
     words = ("--class", f"{NETS}:Lit", "--init.network", "lightning_prune.models.LeNet")
     assert "Missing key(s) in state_dict" in error_of(capsys, "inspect", str(tmp_path / "b.ckpt"), *words)
     assert "--class" in error_of(capsys, "inspect", path)
