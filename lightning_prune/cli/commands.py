@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import __version__
 from lightning_prune.cli import output
 from lightning_prune.cli.completion import COMPLETION, completion_script, wanted_shell
 from lightning_prune.cli.export import FORMATS, export_model
@@ -162,7 +162,7 @@ _STEPS: dict[str, Callable[..., Any]] = {"layers": _layers, "kernels": _kernels,
 def _parser() -> Parser:
     parser = Parser(
         prog=PROG,
-        version=__version__,
+        version=import_module("lightning_prune").__version__,  # the package itself stands above all floors
         description="See what of a model can be pruned, prune it, compare, report and export. "
         f"{COMPLETION}=bash prints a script for shell completion.",
     )
