@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.activations.apply import Change, apply_changes, present_activations, take_back_changes
 from lightning_prune.errors import PruningError
@@ -40,7 +41,8 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
         path: The file; one that exists is replaced.
 
     Raises:
-        PruningError: The state dict holds something else than tensors, or the file can't be written; nothing was.
+        PruningError: The state dict holds something else than tensors or lazy ones, or the file can't be written;
+            nothing was.
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
@@ -53,6 +55,10 @@ def save_pruned(model: nn.Module, path: str | PathLike[str]) -> None:
             raise PruningError(
                 f"{name!r} in the state dict of {type(model).__name__} is no tensor but {type(tensor).__name__}: "
                 "a safetensors file can't hold it"
+            )
+        if is_lazy(tensor):
+            raise PruningError(
+                f"{name!r} of a lazy module has no values yet; run {type(model).__name__} on an input once"
             )
         if id(tensor) in seen:
             aliases[name] = seen[id(tensor)]

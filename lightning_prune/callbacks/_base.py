@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import accumulate
@@ -19,6 +19,7 @@ from lightning_prune._lightning import accept_both_lightnings
 from lightning_prune.callbacks._clock import Clock, Point, check_every, check_window
 from lightning_prune.callbacks._files import check_files, check_no_files
 from lightning_prune.callbacks._loggers import log_figures, log_scalars
+from lightning_prune.callbacks._reporting import Reporting
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
 from lightning_prune.graph.groups import Groups
@@ -28,19 +29,16 @@ from lightning_prune.pruning.select import check_amount, globs
 from lightning_prune.pruning.sensitivity import Sensitivity
 from lightning_prune.report.build import build_report
 from lightning_prune.report.cost import Cost, cost_of_calls
-from lightning_prune.report.report import Moment, Report
+from lightning_prune.report.layers import counts_of, magnitudes, weights_of
+from lightning_prune.report.report import Moment, Report, timeline_of
 from lightning_prune.report.run import measurable, needs_library
 from lightning_prune.schedulers import FollowsPruning
 
-__all__ = ["ConfigurationError", "NoReportError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
+__all__ = ["ConfigurationError", "PruningCallback", "averaged_copies", "pruning_callbacks"]
 
 
 MOMENTS = 1000
 """So many moments of a timeline are kept, and a few more: of those without a metric every second goes then."""
-
-
-class NoReportError(PruningError, AttributeError):
-    """The report of a run that has not been; so ``hasattr`` is false."""
 
 
 class ConfigurationError(PruningError, MisconfigurationException):
@@ -72,7 +70,7 @@ def _tell_schedulers(trainer: Any, epoch_is_over: bool) -> None:
             config.scheduler.pruned(before_step=due and isinstance(config.scheduler, ReduceLROnPlateau))
 
 
-class PruningCallback(Callback):
+class PruningCallback(Reporting[Report], Callback):
     """Acts at the end of an epoch's last training batch, before validation.
 
     So the metric that ModelCheckpoint monitors is that of the very weights it saves. Subclasses say what to do
@@ -117,8 +115,7 @@ class PruningCallback(Callback):
         self._part = 0.0
         self._key: str | None = None
         self.timeline_: list[Moment] = []
-        self._report: Report | None = None
-        self._has_run = False
+        self._before: dict[str, list[int]] = {}
         self._advanced = False
         self._clock: Clock | None = None
         self._steps = 0
@@ -131,21 +128,6 @@ class PruningCallback(Callback):
 
     strategies: ClassVar[tuple[str, ...]] = ("SingleDeviceStrategy", "DDPStrategy")
     """Names of the strategies it works with, those derived from them included."""
-
-    @property
-    def report_(self) -> Report | None:
-        """Dense against pruned, after ``fit``; None with ``report=False`` and on other ranks than 0.
-
-        Raises:
-            NoReportError: There was no ``fit`` yet.
-        """
-        if not self._has_run:
-            raise NoReportError(f"this {type(self).__name__} has no report yet: Trainer.fit makes it")
-        return self._report
-
-    @report_.setter
-    def report_(self, report: Report | None) -> None:
-        self._report, self._has_run = report, True
 
     @property
     def state_key(self) -> str:
@@ -203,9 +185,9 @@ class PruningCallback(Callback):
         """Curves, where they were measured."""
         return None
 
-    def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
-        """Histograms of the weights before pruning, and the magnitudes below which they were set to zero."""
-        return {}, {}
+    def _lowest(self) -> Mapping[str, float]:
+        """The magnitudes below which weights were set to zero."""
+        return {}
 
     def _release(self) -> None:
         """Take out of model and optimizers what was put there for this run."""
@@ -267,6 +249,8 @@ class PruningCallback(Callback):
         self._resolve(trainer)
         self._steps = trainer.global_step
         self._calls, self._measured = None, None
+        if self.amount_ == 0:  # else those of the dense model are known, also in a fit that goes on
+            self._before = {}
         # Those of another run, and those that come once more.
         self.timeline_ = [moment for moment in self.timeline_ if moment.step <= trainer.global_step]
 
@@ -334,11 +318,18 @@ class PruningCallback(Callback):
             self._part = max(self._part, get_schedule(self.schedule, self.amount)(progress))
             self.amount_ = max(self.amount_, self.amount * self._part)
             if self._part > 0:
+                self._look(trainer, pl_module)
                 self._prune(trainer, pl_module, self.amount_)
             self._advanced = self._part > before
             if self._part > before:
                 _tell_schedulers(trainer, last)
         return last or final
+
+    def _look(self, trainer: Any, pl_module: Any) -> None:
+        """Remember how large weights were before any of the callbacks has changed them."""
+        if self.report and not any(callback._before for callback in pruning_callbacks(trainer)):
+            whole = {name: w for name, w in weights_of(pl_module).items() if not hasattr(w, "device_mesh")}
+            self._before = {name: magnitudes(weight) for name, weight in whole.items()}  # a shard doesn't tell
 
     def _speaks(self, trainer: Any) -> bool:
         """Of several pruning callbacks the last one logs and reports."""
@@ -408,8 +399,19 @@ class PruningCallback(Callback):
         if whole and not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
             self._dense_metric = float(trainer.callback_metrics[self.monitor])
 
-    def _timeline_state(self) -> list[dict[str, Any]]:
-        return [asdict(moment) for moment in self.timeline_]
+    def state_dict(self) -> dict[str, Any]:
+        """How far pruning is, and what the report will tell of its past: plain data."""
+        return {
+            "amount": self.amount_,
+            "timeline": [asdict(moment) for moment in self.timeline_],
+            "before": {name: list(counts) for name, counts in self._before.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint knows."""
+        timeline = timeline_of(state_dict.get("timeline", ()))
+        before = counts_of(state_dict.get("before", {}))
+        self.amount_, self.timeline_, self._before = state_dict["amount"], timeline, before
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what was gained."""
@@ -419,7 +421,6 @@ class PruningCallback(Callback):
             plan = next((own for c in ours if (own := c._plan())), Plan({}, {}))
             searched = (getattr(callback, "plan_", None) for callback in trainer.callbacks)
             activations = next((p.activations for p in searched if isinstance(p, Plan) and p.activations), None)
-            before, thresholds = _merged(c._magnitudes() for c in ours)
             metric = trainer.callback_metrics.get(self.monitor)
             report = build_report(
                 pl_module,
@@ -433,8 +434,8 @@ class PruningCallback(Callback):
                 activations=activations,
                 timeline=self.timeline_,
                 sensitivity=next((found for c in ours if (found := c._sensitivity()) is not None), None),
-                before=before,
-                thresholds=thresholds,
+                before=next((c._before for c in ours if c._before), {}),
+                thresholds={name: lowest for c in ours for name, lowest in c._lowest().items()},
             )
             for callback in ours:
                 callback.report_ = report
@@ -468,15 +469,3 @@ class PruningCallback(Callback):
         self._drop_watch(trainer)
         self._release()
         check_no_files(trainer)
-
-
-def _merged(
-    parts: Iterable[tuple[Mapping[str, list[int]], Mapping[str, float]]],
-) -> tuple[dict[str, list[int]], dict[str, float]]:
-    """What several callbacks know of different weights."""
-    before: dict[str, list[int]] = {}
-    thresholds: dict[str, float] = {}
-    for counts, lowest in parts:
-        before |= counts
-        thresholds |= lowest
-    return before, thresholds

@@ -23,7 +23,6 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import METADATA, Prunable, check_dense, structure_state
 from lightning_prune.pruning.schedules import Schedule
 from lightning_prune.pruning.surgery import fit_shapes
-from lightning_prune.report.report import Moment
 
 __all__ = ["ObservingCallback", "StructureCallback", "structure_callbacks"]
 
@@ -169,24 +168,22 @@ class StructureCallback(PruningCallback):
     def state_dict(self) -> dict[str, Any]:
         """The plan and what the amount is a fraction of, as plain data."""
         return {
-            "amount": self.amount_,
+            **super().state_dict(),
             "plan": self.plan_.to_dict(),
             "acted": self._acted,
             "macs_left": self._macs_left,
-            "timeline": self._timeline_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the plan of a checkpoint."""
+        super().load_state_dict(state_dict)
         self._loaded = True
-        self.amount_ = state_dict["amount"]
         self._part = self.amount_ / self.amount if self.amount else 0.0
         plan = Plan.from_dict(state_dict["plan"])
         if plan != self.plan_:  # an equal one may know what removed layers were
             self.plan_ = plan
         self._acted = state_dict["acted"]
         self._macs_left = state_dict["macs_left"]
-        self.timeline_ = [Moment(**moment) for moment in state_dict.get("timeline", ())]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Describe the state dict of a checkpoint that is saved after ``fit`` too."""

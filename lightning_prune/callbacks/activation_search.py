@@ -24,6 +24,7 @@ from lightning_prune.activations.sites import SiteFinder, Sites
 from lightning_prune.callbacks._base import ConfigurationError, averaged_copies
 from lightning_prune.callbacks._clock import Clock, Point, check_window
 from lightning_prune.callbacks._files import check_files, check_no_files
+from lightning_prune.callbacks._reporting import Reporting
 from lightning_prune.callbacks._trials import ShortRuns, aside, fetch, loss_on, validation_batches
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.pruning.plan import Plan
@@ -89,7 +90,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-class ActivationSearch(Callback):
+class ActivationSearch(Reporting[ActivationReport], Callback):
     """Finds which activation function suits each place of a model, and leaves the model with it.
 
     Sites are activation modules (one that is used twice is two sites) and functions (``F.relu``, ``torch.tanh``,
@@ -137,7 +138,8 @@ class ActivationSearch(Callback):
     Attributes:
         plan_: What was chosen; ``plan_.activations``.
         sites_: The sites that are searched (None before the first batch).
-        report_: Which site chose what, weights over time, losses with and without (rank 0; None before the end).
+        report_: Which site chose what, weights over time, losses with and without; None before the search has ended and
+            on other ranks than 0.
         history_: The weights at each epoch's end, or the trials.
 
     Raises:
@@ -201,7 +203,6 @@ class ActivationSearch(Callback):
         self.drop_below, self.report = drop_below, report
         self.plan_ = Plan({}, {})
         self.sites_: Sites | None = None
-        self.report_: ActivationReport | None = None
         self.history_: list[dict[str, Any]] = []
         self._reset()
         self._key: str | None = None
@@ -266,6 +267,7 @@ class ActivationSearch(Callback):
             hooks, self._state_hooks = self._state_hooks, []
             self._reset()
             self._state_hooks = hooks
+        self.report_ = self._report if same else None  # a search that is over has told what it has to tell
         self._found_in = weakref.ref(pl_module)
         self._restored = False
         if self.mode == "trial" and not self._done:

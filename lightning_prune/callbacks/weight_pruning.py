@@ -32,8 +32,7 @@ from lightning_prune.pruning.weight_criteria import (
     mix_seed,
 )
 from lightning_prune.pruning.weights import check_finite, check_fit, check_scope, choose_masks, prunable_weights
-from lightning_prune.report.layers import magnitudes, threshold_of
-from lightning_prune.report.report import Moment
+from lightning_prune.report.layers import threshold_of, thresholds_of
 
 __all__ = ["WeightPruning"]
 
@@ -129,7 +128,6 @@ class WeightPruning(PruningCallback):
         self._seed: int | None = None
         self._pruned = 0.0
         self._rewind: Rewind | None = None
-        self._before: dict[str, list[int]] = {}
         self._thresholds: dict[str, float] = {}
         self._lost = False
 
@@ -182,13 +180,12 @@ class WeightPruning(PruningCallback):
             what = "what its criterion has collected is" if fits else "masks are"
             raise ConfigurationError(f"WeightPruning: the checkpoint's {what} not of this model's weights")
         if not fits:
-            self.masks_ = {}  # masks of another model: this fit starts anew
+            self.masks_, self._thresholds = {}, {}  # masks of another model: this fit starts anew
             self.amount_ = self._part = self._pruned = 0.0
             self._restored = False
         if not self._restored:
             self._judge.forget()
             self._rewind, self._seed, self._ranks = None, None, []
-            self._before, self._thresholds = {}, {}
         if self._restored and isinstance(self._judge, Wanda):
             self._share_out(trainer.global_rank, trainer.world_size)
         self._restored = False
@@ -387,12 +384,10 @@ class WeightPruning(PruningCallback):
             checkpoint["callbacks"][self.state_key]["ranks"] = parts
 
     def _look_at(self, weights: Mapping[str, Tensor], masks: Masks) -> None:
-        """Before weights go: how large they are, and up to which magnitude they go."""
+        """Before weights go: up to which magnitude they go."""
         for name, weight in weights.items():
             if hasattr(weight, "device_mesh"):  # a shard doesn't tell
                 continue
-            if name not in self._before:
-                self._before[name] = magnitudes(weight)
             mask = masks[name].to(weight.device)
             old = self.masks_.get(name)
             gone = ~mask if old is None else old.to(weight.device) & ~mask
@@ -402,8 +397,8 @@ class WeightPruning(PruningCallback):
                 if found is not None:  # what goes last may have become small since
                     self._thresholds[name] = max(found, before)
 
-    def _magnitudes(self) -> tuple[Mapping[str, list[int]], Mapping[str, float]]:
-        return self._before, self._thresholds
+    def _lowest(self) -> Mapping[str, float]:
+        return self._thresholds
 
     def _choose(self, pl_module: Any, weights: dict[str, Tensor]) -> Masks:
         return choose_masks(
@@ -457,7 +452,7 @@ class WeightPruning(PruningCallback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, how far the schedule was, and what the criterion has collected."""
         return {
-            "amount": self.amount_,
+            **super().state_dict(),
             "part": self._part,
             "pruned": self._pruned,
             "masks": {name: mask.cpu() for name, mask in self.masks_.items()},
@@ -466,8 +461,6 @@ class WeightPruning(PruningCallback):
             "criterion": self._criterion_name,
             "seed": self._seed,
             "rewind": None if self._rewind is None else self._rewind.to_dict(),
-            "timeline": self._timeline_state(),
-            "before": {name: list(counts) for name, counts in self._before.items()},
             "thresholds": dict(self._thresholds),
             "lost": self._lost,
         }
@@ -492,9 +485,8 @@ class WeightPruning(PruningCallback):
                 sums, stale, ranks = {}, set(), []  # another criterion has collected something else
             seed, lost, rewind = state_dict["seed"], bool(state_dict["lost"]), state_dict["rewind"]
             rewind = None if rewind is None else Rewind.from_dict(rewind)
-            timeline = [Moment(**moment) for moment in state_dict.get("timeline", ())]
-            before = {name: list(counts) for name, counts in state_dict.get("before", {}).items()}
-            thresholds = dict(state_dict.get("thresholds", {}))
+            thresholds = thresholds_of(state_dict.get("thresholds", {}))
+            super().load_state_dict(state_dict)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PruningError(
                 f"the checkpoint's state of WeightPruning is damaged: {type(error).__name__}: {error}"
@@ -502,7 +494,7 @@ class WeightPruning(PruningCallback):
         self.amount_, self._part, self._pruned, self.masks_ = amount, part, pruned, masks
         self._judge.sums, self._judge.stale, self._ranks = sums, stale, ranks
         self._seed, self._lost, self._rewind, self._restored = seed, lost, rewind, True
-        self.timeline_, self._before, self._thresholds = timeline, before, thresholds
+        self._thresholds = thresholds
 
     @property
     def _criterion_name(self) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
+INTERRUPTED = 130
+"""Exit code of what Ctrl-C has ended, as shells have it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``lightning-prune``.
@@ -15,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the command's name; None: `sys.argv`.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr that says what was wrong.
+        The exit code: 0, or 2 after one line on stderr that says what was wrong, or 130 after Ctrl-C.
     """
     try:
         import jsonargparse  # noqa: F401
@@ -26,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from lightning_prune.cli.commands import run
+    try:
+        from lightning_prune.cli.commands import run
 
-    return run(sys.argv[1:] if arguments is None else list(arguments))
+        return run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        print("lightning-prune: interrupted; files are as they were", file=sys.stderr)
+        return INTERRUPTED

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lightning_prune.cli.export import FORMATS, export_model
 from lightning_prune.cli.inputs import describe, find_inputs
 from lightning_prune.cli.judge import find_data, find_metric
 from lightning_prune.cli.models import Loaded, import_object, is_file, load_weights, open_model
-from lightning_prune.cli.parser import Parser, one_line_errors
+from lightning_prune.cli.parser import Parser, one_line_errors, reason_of, theirs
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.export import save_pruned
 from lightning_prune.graph.groups import Groups, find_groups
@@ -33,7 +35,9 @@ from lightning_prune.pruning.sensitivity import sensitivity as measure_sensitivi
 from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.report.build import build_report, compare
 from lightning_prune.report.cost import count_cost
-from lightning_prune.report.report import Moment, Report
+from lightning_prune.report.figures import draw_figures
+from lightning_prune.report.layers import counts_of, thresholds_of
+from lightning_prune.report.report import Moment, Report, timeline_of
 
 __all__ = ["run"]
 
@@ -158,6 +162,7 @@ _STEPS: dict[str, Callable[..., Any]] = {"layers": _layers, "kernels": _kernels,
 def _parser() -> Parser:
     parser = Parser(
         prog=PROG,
+        version=import_module("lightning_prune").__version__,  # the package itself stands above all floors
         description="See what of a model can be pruned, prune it, compare, report and export. "
         f"{COMPLETION}=bash prints a script for shell completion.",
     )
@@ -210,16 +215,25 @@ def run(arguments: Sequence[str]) -> int:
                 return 0
             parsed = parser.parse_args(_plain(arguments, parser))
             command = parsed["command"]
-            torch.manual_seed(parsed[command]["seed"])
-            with warnings.catch_warnings():
+            _seed(parsed[command]["seed"])
+            with warnings.catch_warnings(record=True) as warned:  # an error is one line
                 warnings.simplefilter("error", NoEffectWarning)
                 try:
                     COMMANDS[command][0](parsed[command])
                 except NoEffectWarning as warning:
                     raise PruningError(str(warning)) from warning
+            for said in dict.fromkeys(reason_of(each.message) for each in warned if isinstance(each.message, Warning)):
+                output.note(f"warning: {said}")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     return 0
+
+
+def _seed(seed: int) -> None:
+    try:
+        torch.manual_seed(seed)
+    except (ValueError, RuntimeError) as error:
+        raise PruningError(f"--seed is a whole number of 64 bits, got {seed}") from error
 
 
 def _open(options: Any, name: str | None = None) -> Loaded:
@@ -358,9 +372,9 @@ def _fill_prune(parser: Parser) -> None:
 
 
 def _prune(options: Any) -> None:
-    for path in (options["out"], options["report"]):
-        if path is not None:
-            output.check_writable(path)
+    _check_safetensors(options["out"])
+    if options["report"] is not None:
+        output.check_report(options["report"])
     asked = {group: _step_options(options, group) for group in _STEPS}
     if not any(each["amount"] for each in asked.values()):
         ways = [f"--{group}.amount" if group else "--amount" for group in sorted(_STEPS)]
@@ -376,11 +390,17 @@ def _prune(options: Any) -> None:
             done = function(model, inputs, **asked[group])
             plan = plan.then(done) if isinstance(done, Plan) else plan
     report = compare(dense, model, inputs, plan=plan, title=loaded.title, latency=options["latency"])
-    with output.whole_file(options["out"]) as temporary:
-        save_pruned(model, temporary)
-    if options["report"]:
-        report.save(options["report"])
+    with ExitStack() as files:  # both or none
+        save_pruned(model, files.enter_context(output.whole_file(options["out"])))
+        if options["report"]:
+            report.save(files.enter_context(output.whole_file(options["report"])))
     _show(options, report, report.to_dict)
+
+
+def _check_safetensors(path: Path) -> None:
+    output.check_writable(path)
+    if path.suffix.lower() != ".safetensors":
+        raise PruningError(f"what is written is a safetensors file: --out must end so, got {path.name!r}")
 
 
 def _step_options(options: Any, group: str) -> dict[str, Any]:
@@ -404,7 +424,7 @@ def _fill_compare(parser: Parser) -> None:
 
 def _compare(options: Any) -> None:
     if options["out"] is not None:
-        output.check_writable(options["out"])
+        output.check_report(options["out"])
     names = options["dense"], options["pruned"]
     cls = options["class"] or next((name for name in names if not is_file(name)), None)
     loaded = [open_model(name, cls=cls if is_file(name) else None, init=options["init"]) for name in names]
@@ -427,7 +447,7 @@ def _fill_report(parser: Parser) -> None:
 
 
 def _report(options: Any) -> None:
-    output.check_writable(options["out"])
+    output.check_report(options["out"])
     if Path(options["model"]).suffix.lower() == ".json":
         report = _saved_report(Path(options["model"]))
     else:
@@ -466,41 +486,36 @@ def _report_of_file(options: Any) -> Report:
         pruned_value=value,
         activations=loaded.activations,
         timeline=timeline,
-        before=_gathered(loaded.state, "before"),
-        thresholds=_gathered(loaded.state, "thresholds"),
+        before=next((found for each in _states(loaded.state) if (found := counts_of(each.get("before", {})))), {}),
+        thresholds={
+            name: value
+            for each in _states(loaded.state)
+            for name, value in thresholds_of(each.get("thresholds", {})).items()
+        },
     )
     return replace(report, title=loaded.title)
 
 
 def _timeline(checkpoint: Mapping[str, Any]) -> list[Moment]:
     """What the callback that knows most has recorded."""
-    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-    recorded: list[dict[str, Any]] = max(
-        (state["timeline"] for state in states if state.get("timeline")), key=len, default=[]
-    )
-    try:
-        return [Moment(**moment) for moment in recorded]
-    except TypeError as error:
-        raise PruningError(f"the checkpoint's timeline is from another version: {error}") from error
+    return max((timeline_of(state.get("timeline", ())) for state in _states(checkpoint)), key=len, default=[])
 
 
-def _gathered(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What callbacks have kept of the weights, each of its own."""
-    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-    found: dict[str, Any] = {}
-    for state in states:
-        found |= state.get(key) or {}
-    return found
+def _states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of the callbacks in a checkpoint."""
+    states = checkpoint.get("callbacks", {})
+    return [each for each in states.values() if isinstance(each, Mapping)] if isinstance(states, Mapping) else []
 
 
 def _monitored(checkpoint: Mapping[str, Any], path: Path) -> tuple[str, float | None]:
     """The metric by which a ModelCheckpoint has kept this very file, where one has."""
-    for state in checkpoint.get("callbacks", {}).values():
-        if not isinstance(state, Mapping) or not isinstance(state.get("best_k_models"), Mapping):
+    for state in _states(checkpoint):
+        if not isinstance(state.get("best_k_models"), Mapping):
             continue
         scores = {Path(name).name: score for name, score in state["best_k_models"].items()}
-        if path.name in scores and state.get("monitor"):
-            return str(state["monitor"]), float(scores[path.name])
+        score = scores.get(path.name)
+        if state.get("monitor") and isinstance(score, int | float | Tensor):
+            return str(state["monitor"]), float(score)
     return "", None
 
 
@@ -524,27 +539,19 @@ def _fill_sensitivity(parser: Parser) -> None:
 
 def _sensitivity(options: Any) -> None:
     if options["out"] is not None:
-        output.check_writable(options["out"])
+        output.check_figure(options["out"])
     loaded = _open(options)
     if options["weights"]:
         load_weights(loaded.model, options["weights"])
     inputs, _ = _inputs(options, loaded)
     batches = find_data(options["data"], loaded.model, inputs, options["batches"])
     own = ("metric", "criterion", "ratios", "include", "exclude", "progress")
-    found = _curves(loaded.model, batches, **{name: options[name] for name in own if name in options})
+    with theirs(f"measuring {loaded.title}"):
+        found = _curves(loaded.model, batches, **{name: options[name] for name in own if name in options})
     if options["out"] is not None:
-        _save_figure(found, options["out"])
+        with output.whole_file(options["out"]) as temporary:
+            draw_figures(Report((), sensitivity=found))["sensitivity"].savefig(temporary)
     _show(options, str(found), found.to_dict)
-
-
-def _save_figure(found: Any, path: Path) -> None:
-    with output.whole_file(path) as temporary:
-        try:
-            found.plot(temporary)
-        except PruningError:
-            raise
-        except ValueError as error:  # matplotlib, of an ending that it doesn't know
-            raise PruningError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

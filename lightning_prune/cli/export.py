@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_prune.cli.inputs import describe
 from lightning_prune.cli.output import whole_file
+from lightning_prune.cli.parser import reason_of, theirs
 from lightning_prune.errors import PruningError
 from lightning_prune.export import save_pruned
 from lightning_prune.graph.callsites import ModuleCall
@@ -56,18 +60,19 @@ def export_model(model: nn.Module, inputs: Any, path: Path, form: str, *, dynami
     if dynamic:  # a size of 1 would be taken for a constant
         call = ModuleCall("", *(tree_map(_twice, each) for each in (call.args, call.kwargs)))
         shapes = _dynamic_shapes(model, call)
-    with torch.no_grad():
+    with torch.no_grad(), theirs(f"{type(model).__name__} on inputs of {describe(inputs)}"):
         expected = tensors(model(*call.args, **call.kwargs))
-    with whole_file(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own exporter
+    with whole_file(path) as temporary, _quiet():
         try:
             got = write(model, call, temporary, shapes)
         except (PruningError, OSError):
             raise
         except Exception as error:  # torch's exporter and onnxruntime raise many kinds
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            first: BaseException = error
+            while first.__cause__ is not None:
+                first = first.__cause__
             raise PruningError(
-                f"{type(model).__name__} can't be exported to {form}: {type(error).__name__}: {reason}"
+                f"{type(model).__name__} can't be exported to {form}: {type(first).__name__}: {reason_of(first)}"
             ) from error
         gap = _gap(expected, got)
         if not gap <= FAR:
@@ -76,6 +81,19 @@ def export_model(model: nn.Module, inputs: Any, path: Path, form: str, *, dynami
                 "largest output; nothing was written"
             )
     return f"; its outputs differ from the model's by {gap:.1e} of the largest"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters say of themselves: warnings, logs, graphs on standard error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _twice(value: Any) -> Any:
@@ -106,7 +124,6 @@ def _onnx(model: nn.Module, call: ModuleCall, path: Path, shapes: Any) -> list[T
         import onnxscript  # noqa: F401  # torch needs it and says so less well
     except ImportError as error:
         raise PruningError(f'ONNX needs {error.name}: pip install "lightning-prune[export]"') from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
         model, call.args, kwargs=call.kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False, optimize=True
     )
@@ -123,9 +140,10 @@ def _onnx(model: nn.Module, call: ModuleCall, path: Path, shapes: Any) -> list[T
 
 
 def _gap(expected: list[Tensor], got: list[Tensor]) -> float:
-    """The largest difference, relative to the largest value; infinite where the shapes differ."""
+    """The largest difference, relative to the largest finite value; infinite where the shapes differ."""
     if [each.shape for each in expected] != [each.shape for each in got]:
         return float("inf")
     pairs = [(a.double(), b.double()) for a, b in zip(expected, got, strict=True) if a.numel()]
-    largest = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
-    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / (largest or 1.0)
+    largest = max((float(a[a.isfinite()].abs().max()) for a, _ in pairs if a.isfinite().any()), default=0.0)
+    gaps = [torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()) for a, b in pairs]
+    return max((float(gap.max()) for gap in gaps), default=0.0) / (largest or 1.0)

@@ -53,7 +53,12 @@ def make_inputs(specs: Sequence[str], seed: int = 0) -> Any:
         PruningError: A text is no such description, or only some of them have names.
     """
     generator = torch.Generator().manual_seed(seed)
-    made = [_make(spec, generator) for spec in specs]
+    made = []
+    for spec in specs:
+        try:
+            made.append(_make(spec, generator))
+        except RuntimeError as error:  # torch, of more memory than there is
+            raise PruningError(f"an input of {spec!r} can't be made: {error}") from error
     names = [name for name, _ in made]
     if all(names):
         if len(set(names)) < len(names):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_prune.cli.inputs import describe
 from lightning_prune.cli.models import import_object
+from lightning_prune.cli.parser import theirs
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import as_calls, run_calls, undisturbed
 from lightning_prune.graph.tree import tensors
+from lightning_prune.report.run import batch_size
 
 __all__ = ["accuracy", "agreement", "find_data", "find_metric"]
 
@@ -28,7 +31,8 @@ def predictions(outputs: Any) -> Tensor:
         PruningError: The outputs don't look like those of a classifier.
     """
     found = [each for each in tensors(outputs) if each.is_floating_point() and each.dim() >= 2]
-    if not found:
+    many = isinstance(outputs, list | tuple) and any(isinstance(each, Mapping) for each in outputs)
+    if not found or many:  # a dict for each image: boxes, not classes
         raise PruningError("the model's output is no scores of classes: name a metric with --metric")
     scores = found[0]
     dim = -1 if scores.dim() == 3 else 1  # (batch, place, class) of tokens, else (batch, class, …)
@@ -65,10 +69,8 @@ def find_metric(name: str) -> Any:
 
 
 def _called(spec: str, thing: Callable[[], Any]) -> Any:
-    try:
+    with theirs(spec):
         return thing()
-    except Exception as error:  # whatever a user's code may raise
-        raise PruningError(f"{spec} raised {type(error).__name__}: {error}") from error
 
 
 def find_data(spec: str | None, model: nn.Module, inputs: Any, batches: int) -> list[Any]:
@@ -114,7 +116,7 @@ def _loader(data: Any) -> Any:
 def _own(model: nn.Module, inputs: Any) -> list[Any]:
     """Random examples like the inputs, in batches of as many, and what the model predicts for them."""
     generator = torch.Generator().manual_seed(1)
-    size = max((len(each) for each in tensors(inputs) if each.dim()), default=1)
+    size = batch_size(as_calls(inputs), model)
 
     def like(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -125,6 +127,6 @@ def _own(model: nn.Module, inputs: Any) -> list[Any]:
         return flat[torch.randint(0, flat.numel(), value.shape, generator=generator)]
 
     made = [inputs, *(tree_map(like, inputs) for _ in range(max(1, EXAMPLES // size) - 1))]
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), theirs(f"{type(model).__name__} on inputs of {describe(inputs)}"):
         model.eval()
-        return [(each, predictions(run_calls(model, as_calls(each)))) for each in made]
+        return [(each, predictions(run_calls(model, as_calls(each))[0])) for each in made]

@@ -7,11 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_prune.activations.apply import Change
-from lightning_prune.cli.parser import Parser, near, short
+from lightning_prune.cli.parser import Parser, near, reason_of, short, theirs
 from lightning_prune.errors import PruningError
 from lightning_prune.export import load_pruned
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.prunable import Prunable, check_whole, load_from_checkpoint
+from lightning_prune.pruning.prunable import Prunable, load_from_checkpoint, read_checkpoint
 
-__all__ = ["Loaded", "import_object", "is_file", "load_weights", "open_model", "read_checkpoint"]
+__all__ = ["Loaded", "import_object", "is_file", "load_weights", "open_model"]
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin")
 FILES = (*CHECKPOINTS, ".safetensors")
@@ -111,12 +109,8 @@ def _build(spec: str, init: Mapping[str, Any]) -> Loaded:
 
 
 def _call(spec: str, make: Callable[..., Any], arguments: Mapping[str, Any]) -> nn.Module:
-    try:
+    with theirs(spec):
         model = make(**arguments)
-    except PruningError:
-        raise
-    except Exception as error:  # whatever a user's constructor may raise
-        raise PruningError(f"{spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise PruningError(f"{spec} gives no nn.Module but {type(model).__name__}")
     return model
@@ -223,8 +217,8 @@ def _module(name: str, spec: str) -> Any:
         raise PruningError(f"importing {name} failed: {error}") from error
     except (ValueError, TypeError) as error:
         raise PruningError(f"{spec!r} is no import path: {error}") from error
-    except Exception as error:  # whatever a user's module may raise
-        raise PruningError(f"importing {name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's module may raise
+        raise PruningError(f"importing {name} raised {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _module_of_file(path: Path) -> Any:
@@ -245,9 +239,9 @@ def _module_of_file(path: Path) -> Any:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's module may raise
+    except (Exception, SystemExit) as error:  # whatever a user's module may raise
         del sys.modules[path.stem]
-        raise PruningError(f"importing {path.name} raised {type(error).__name__}: {error}") from error
+        raise PruningError(f"importing {path.name} raised {type(error).__name__}: {reason_of(error)}") from error
     return module
 
 
@@ -303,42 +297,6 @@ def _ours(path: Path) -> bool:
         raise PruningError(f"{path} is no safetensors file, or it is damaged: {error}") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, read without running anything of it.
-
-    Raises:
-        PruningError: It is none, was cut off or altered, or holds objects that only unpickling could make.
-    """
-    check_whole(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle that is none of torch's; the error says it in one line
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise PruningError(
-                f"{path} holds more than tensors and plain values; nothing was unpickled, for that could run "
-                f"anything ({_culprit(error)})"
-            ) from error
-        raise PruningError(f"{path} is no checkpoint, or it is damaged") from error
-    except OSError:
-        raise
-    except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
-        raise PruningError(f"{path} is no checkpoint, or it is damaged") from error
-    if not isinstance(content, Mapping):
-        raise PruningError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    return dict(content)
-
-
-def _culprit(error: BaseException) -> str:
-    """The name in torch's message of what it would have had to make."""
-    text = str(error)
-    for mark in ("GLOBAL ", "Unsupported global: ", "Unsupported class "):
-        if mark in text:
-            return text.partition(mark)[2].split()[0].strip("`.,()")
-    return "an object of another class"
-
-
 def _from_checkpoint(path: Path, cls: str, init: Mapping[str, Any]) -> Loaded:
     content = read_checkpoint(path)
     if cls.partition(":")[0] in _ZOOS:
@@ -368,6 +326,8 @@ def _from_checkpoint(path: Path, cls: str, init: Mapping[str, Any]) -> Loaded:
             reason = str(error).replace(str(harmless), str(path))
             if not isinstance(error, PruningError):
                 reason = f"{path} is no checkpoint of {thing.__name__}: {reason}"
+            elif str(path) not in reason:
+                reason = f"{path}: {reason}"
             raise PruningError(reason) from error
     plan, activations = model.pruning_plan, model.activation_plan.activations
     if knows is not thing:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.errors import PruningError
+from lightning_prune.report.figures import check_plots
+from lightning_prune.report.report import check_ending
 
-__all__ = ["check_writable", "note", "show", "show_json", "table", "whole_file"]
+__all__ = ["check_figure", "check_report", "check_writable", "note", "show", "show_json", "table", "whole_file"]
 
 
 def note(text: str) -> None:
@@ -58,6 +60,25 @@ def check_writable(path: Path) -> None:
         raise PruningError(f"there is no folder {folder}")
     with whole_file(path) as temporary:
         temporary.unlink()
+
+
+def check_report(path: Path) -> None:
+    """Raise a PruningError where a report can't be written, before work is done for it."""
+    check_writable(path)
+    check_ending(path)
+    if path.suffix.lower() == ".html":
+        check_plots()
+
+
+def check_figure(path: Path) -> None:
+    """Raise a PruningError where a figure can't be written, before work is done for it."""
+    check_writable(path)
+    check_plots()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise PruningError(f"a figure is saved as one of {', '.join(f'.{each}' for each in known)}, got {path.name!r}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError('the command line needs jsonargparse: pip install "lightning-prune[cli]"') from error
 
-__all__ = ["OneLineErrors", "Parser", "line_of", "near", "one_line_errors", "short"]
+__all__ = ["OneLineErrors", "Parser", "line_of", "near", "one_line_errors", "reason_of", "short", "theirs"]
 
 _UNKNOWN = (
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
@@ -37,7 +37,7 @@ _UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<all>.*)", re.DOTALL | r
 
 def near(word: str, known: Iterable[str]) -> str:
     """``"; did you mean …?"``, or nothing where no known word is like it."""
-    found = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    found = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
@@ -182,18 +182,35 @@ def _options(parser: Any, group: str) -> list[str]:
 
 
 @contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """Code of the user's runs: whatever it raises, an exit included, is a PruningError in one line."""
+    try:
+        yield
+    except (PruningError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise PruningError(f"{what} raised {type(error).__name__}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, and what follows a colon at its end; without colours."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    last = next((place for place, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return _cut(" ".join(lines[: last + 1]), 500) if lines else type(error).__name__
+
+
+@contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
     """What a user got wrong leaves with exit code 2 and one line on stderr; other errors pass through."""
     try:
         yield
-    except (PruningError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (PruningError, OSError) as error:
         print(f"{prog}: error: {line_of(error)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
 def line_of(error: BaseException) -> str:
     """An error in one line."""
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return reason_of(error)

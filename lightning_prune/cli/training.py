@@ -52,6 +52,8 @@ class PruningCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             parser.error(f"a configuration is no text but holds the byte {error.object[error.start]:#04x}")
+        except RecursionError:
+            parser.error("a configuration refers to itself, or is nested too deeply")
 
     def instantiate_classes(self) -> None:
         """Make the objects; a value that one of ours refuses is told in one line."""

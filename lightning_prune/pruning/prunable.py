@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+import zlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import torch
 from torch import nn
@@ -20,9 +22,11 @@ __all__ = [
     "ACTIVATIONS",
     "METADATA",
     "Prunable",
+    "UntrustedError",
     "check_dense",
     "check_whole",
     "load_from_checkpoint",
+    "read_checkpoint",
     "structure_state",
 ]
 
@@ -36,6 +40,10 @@ OBJECTS = ("unsupported global", "unrecognized function", "can only build", "can
 """In what torch says of a file that has more than plain data in it; the rest is said of damaged ones."""
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class UntrustedError(PruningError):
+    """A file holds objects that only unpickling could make, which runs code."""
 
 
 def check_dense(plan: Plan, dense: Mapping[str, list[int]], owner: str) -> None:
@@ -61,22 +69,64 @@ def check_whole(path: str | PathLike[str]) -> None:
             if start != b"PK":
                 raise BadZipFile("it does not begin as one")
             with ZipFile(file) as archive:
-                damaged = [info.filename for info in archive.infolist() if not _intact(archive, info.filename)]
-                count = len(archive.infolist())
+                members = archive.infolist()
+                unsummed = all(info.CRC == 0 for info in members)  # set_crc32_options(False)
+                damaged = [] if unsummed else [info.filename for info in members if not _intact(archive, info)]
         except (BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
             raise PruningError(f"{path} is no checkpoint, or it was cut off: {error}") from error
-    if damaged and len(damaged) < count:  # all of them: written without sums, set_crc32_options(False)
+    if damaged:
         raise PruningError(f"{path} was altered since it was written: {damaged[0]} is not what its checksum says")
 
 
-def _intact(archive: ZipFile, name: str) -> bool:
+def _intact(archive: ZipFile, member: ZipInfo) -> bool:
     try:
-        with archive.open(name) as member:
-            while member.read(1 << 20):
+        with archive.open(member) as content:
+            while content.read(1 << 20):
                 pass
-    except BadZipFile:
+    except (BadZipFile, zlib.error):  # the latter of a compressed one, which torch doesn't write but reads
         return False
     return True
+
+
+def read_checkpoint(path: str | PathLike[str], map_location: str = "cpu") -> dict[str, Any]:
+    """What a local checkpoint holds, read without running anything of it.
+
+    Args:
+        path: The file.
+        map_location: Where its tensors go; ``"meta"``: their shapes alone.
+
+    Raises:
+        UntrustedError: It holds objects that only unpickling could make.
+        PruningError: It is none, or was cut off or altered.
+    """
+    check_whole(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that is none of torch's; the error says it in one line
+            content = torch.load(path, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        if any(sign in str(error).lower() for sign in OBJECTS):
+            raise UntrustedError(
+                f"{path} holds more than tensors and plain values; nothing was unpickled, for that could run "
+                f"anything ({_culprit(error)})"
+            ) from error
+        raise PruningError(f"{path} is no checkpoint, or it is damaged") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
+        raise PruningError(f"{path} is no checkpoint, or it is damaged") from error
+    if not isinstance(content, Mapping):
+        raise PruningError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return dict(content)
+
+
+def _culprit(error: BaseException) -> str:
+    """The name in torch's message of what it would have had to make."""
+    text = str(error)
+    for mark in ("GLOBAL ", "Unsupported global: ", "Unsupported class "):
+        if mark in text:
+            return text.partition(mark)[2].split()[0].strip("`.,()")
+    return "an object of another class"
 
 
 def structure_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -195,10 +245,15 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
     loader = getattr(cls, "load_from_checkpoint", None)
     if not isinstance(cls, type) or loader is None:
         raise PruningError(f"cls must be a LightningModule class, got {cls!r}")
-    if not _check_file(cls, path) and init.get("weights_only") is not False:
-        raise PruningError(
-            f"{path} holds objects that are unpickled by running code; pass weights_only=False if you trust it"
-        )
+    if "://" not in str(path):  # else Lightning decides
+        try:
+            content = read_checkpoint(path, "meta")
+        except UntrustedError as error:
+            if init.get("weights_only") is not False:
+                raise PruningError(f"{error}; pass weights_only=False if you trust it") from error
+        else:
+            if not isinstance(content.get("state_dict"), Mapping):
+                raise PruningError(f"{path} is no checkpoint of {cls.__name__}: it holds no state_dict")
     if "weights_only" not in inspect.signature(loader).parameters:
         init.pop("weights_only", None)  # lightning 2.5 always unpickles
     knows: Any = cls
@@ -209,35 +264,11 @@ def load_from_checkpoint(cls: type[Module], path: str | PathLike[str], **init: A
     except (RuntimeError, KeyError, UnpicklingError) as error:
         if isinstance(error, PruningError):
             raise
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
+        said = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {said}") from error
     if knows is not cls:
         module.__class__ = cls
         module.__dict__.pop("pruning_plan", None)
         module.__dict__.pop("activation_plan", None)
     result: Module = module
     return result
-
-
-def _check_file(cls: type[nn.Module], path: str | PathLike[str]) -> bool:
-    """Whether a file has only plain data in it; nothing in it is run to find out.
-
-    Raises:
-        PruningError: It is a local file without a state dict.
-    """
-    if "://" in str(path):
-        return True  # Lightning decides
-    try:
-        check_whole(path)
-        content = torch.load(path, map_location="meta", weights_only=True)
-        whole = isinstance(content["state_dict"], Mapping)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except UnpicklingError as error:
-        if any(sign in str(error).lower() for sign in OBJECTS):
-            return False
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
-    except Exception as error:  # torch and pickle raise many kinds for a file that is cut off or altered
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: {error}") from error
-    if not whole:
-        raise PruningError(f"{path} is no checkpoint of {cls.__name__}, or it is damaged: its state_dict is none")
-    return True

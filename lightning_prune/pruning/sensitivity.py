@@ -86,8 +86,9 @@ class Sensitivity:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = Figure(figsize=(7, 4.5))
         axes = figure.add_subplot()
+        axes.set_prop_cycle(color=["#0072b2", "#c44e00", "#00805d", "#1c2024"])  # told apart with any colour vision
         markers = "osv^Dpx+*<>"
         for number, (key, row) in enumerate(self.values.items()):
             ratios = sorted(row)
@@ -96,9 +97,9 @@ class Sensitivity:
         axes.set_xlabel("fraction of the group's neurons masked")
         axes.set_ylabel(self.metric)
         axes.set_xlim(0, 1)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
         if path is not None:
-            figure.savefig(path)
+            figure.savefig(path, bbox_inches="tight")  # names may be longer than any layout has room for
         return figure
 
 

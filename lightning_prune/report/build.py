@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.activations.apply import Change
 from lightning_prune.errors import PruningError, TraceError
@@ -18,9 +18,8 @@ from lightning_prune.pruning.latency import latencies, layer_times
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.sensitivity import Sensitivity
 from lightning_prune.pruning.surgery import take
-from lightning_prune.pruning.weights import prunable_weights
 from lightning_prune.report.cost import Cost, cost_of_calls
-from lightning_prune.report.layers import histograms, layers_of, magnitudes, statuses, threshold_of
+from lightning_prune.report.layers import histograms, layers_of, magnitudes, statuses, threshold_of, weights_of
 from lightning_prune.report.report import Histogram, Layer, Moment, Report, Row
 from lightning_prune.report.run import batch_size, file_size
 
@@ -73,15 +72,16 @@ def compare(
                 groups = find_groups(dense, example_inputs)
             except PruningError:  # it runs, but can't be followed: nothing is known of what can go
                 groups = None
+        size = batch_size(calls, dense)
         rows = [
             Row("parameters", costs[0].params, costs[1].params),
             Row("non-zero", costs[0].nonzero, costs[1].nonzero),
-            Row(f"MACs (batch {batch_size(calls)})", costs[0].macs, costs[1].macs),
+            Row(f"MACs (batch {size})", costs[0].macs, costs[1].macs),
             Row("file size", file_size(dense), file_size(pruned), "B"),
         ]
         if latency:
             before, after = latencies([dense, pruned], calls)
-            rows.append(Row(f"latency (batch {batch_size(calls)})", before, after, "s"))
+            rows.append(Row(f"latency (batch {size})", before, after, "s"))
         layers = layers_of(
             dense,
             pruned,
@@ -133,15 +133,8 @@ def _times(dense: nn.Module, pruned: nn.Module, calls: Sequence[ModuleCall]) -> 
         return [layer_times(model, calls) for model in (dense, pruned)]
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    try:
-        return {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    except PruningError:  # there are none
-        return {}
-
-
 def _compared(dense: nn.Module, pruned: nn.Module, plan: Plan | None) -> tuple[Histogram, ...]:
-    before, after = _weights(dense), _weights(pruned)
+    before, after = weights_of(dense), weights_of(pruned)
     kept = plan.kept if plan else {}
     thresholds: dict[str, float] = {}
     for name, weight in after.items():
@@ -199,11 +192,12 @@ def build_report(
             Row("non-zero", costs[0].params, costs[1].nonzero),
             Row("file size", file_size(dense), file_size(model), "B"),
         ]
+        sizes = {batch_size(some, model): some for some in (single, whole) if some}
         if single:
-            rows.insert(2, Row(f"MACs (batch {batch_size(single)})", costs[0].macs, costs[1].macs))
+            rows.insert(2, Row(f"MACs (batch {next(iter(sizes))})", costs[0].macs, costs[1].macs))
         elif macs is not None:
             rows.insert(2, Row("MACs (batch 1)", *macs))
-        for size, some in {batch_size(some): some for some in (single, whole) if some}.items():
+        for size, some in sizes.items():
             before_, after = latencies([dense, model], some)
             rows.append(Row(f"latency (batch {size})", before_, after, "s"))
         layers: tuple[Layer, ...] = layers_of(
@@ -221,7 +215,7 @@ def build_report(
         layers,
         tuple(timeline),
         sensitivity,
-        histograms(_weights(model), before, thresholds),
+        histograms(weights_of(model), before, thresholds),
         type(model).__name__,
         metric,
     )

@@ -11,7 +11,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.pruning.sensitivity import Sensitivity
 from lightning_prune.report.report import Histogram, Layer, Moment, Report
 
-__all__ = ["COLORS", "draw_figures"]
+__all__ = ["COLORS", "check_plots", "draw_figures"]
 
 COLORS = {
     "ink": "#1c2024",
@@ -23,7 +23,7 @@ COLORS = {
     "third": "#00805d",
 }
 """What things are drawn in; told apart with any colour vision, and by shape where two share a plot."""
-CYCLE = ("pruned", "second", "third", "muted")
+CYCLE = ("pruned", "second", "third", "ink")
 STYLES = ("-", "--", ":")
 MARKERS = "osv^DPX*<>"
 
@@ -36,6 +36,19 @@ MOST_CURVES = 10
 """More than so many curves in one plot can't be told apart; they become the rows of a table of colours."""
 
 
+def check_plots() -> Any:
+    """The package that draws.
+
+    Raises:
+        PruningError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
+    return matplotlib
+
+
 def draw_figures(report: Report) -> dict[str, Any]:
     """Every plot that the report has data for.
 
@@ -45,10 +58,7 @@ def draw_figures(report: Report) -> dict[str, Any]:
     Raises:
         PruningError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PruningError('a plot needs matplotlib: pip install "lightning-prune[plots]"') from error
+    matplotlib = check_plots()
     style: dict[Any, Any] = {
         "font.size": FONT,
         "axes.titlesize": FONT,
@@ -95,7 +105,7 @@ def _text_width(texts: Sequence[str]) -> float:
 
     font = FontProperties(family="DejaVu Sans", size=FONT)
     widths = [TextPath((0, 0), text, prop=font, usetex=False).get_extents().width for text in texts if text.strip()]
-    return max(widths, default=0.0) / 72
+    return 1.03 * max(widths, default=0.0) / 72  # where letters are placed on whole pixels, text gets longer
 
 
 def _rows(labels: Sequence[str], panels: int, *, right: Sequence[float], legend: int = 0) -> tuple[Any, list[Any]]:
@@ -149,11 +159,12 @@ def _layers(layers: Sequence[Layer]) -> Any:
     kept = [(layer.width[1] or 0) / layer.width[0] if layer.width[0] else 0.0 for layer in layers]
     left.barh(rows, [1.0] * len(layers), height=0.7, color=COLORS["dense"])
     left.barh(rows, kept, height=0.7, color=COLORS["pruned"])
-    zero = [[(layer.sparsity[side] or 0.0) for layer in layers] for side in (0, 1)]
-    right.barh(rows, zero[1], height=0.7, color=COLORS["pruned"])
+    told = [layer.sparsity[1] for layer in layers]
+    zeros = [value or 0.0 for value in told]
+    right.barh(rows, zeros, height=0.7, color=COLORS["pruned"])
     for row in rows:
         left.text(1.03, row, widths[row], va="center")
-        right.text(zero[1][row] + 0.02, row, f"{zero[1][row]:.2f}", va="center")
+        right.text(zeros[row] + 0.02, row, "–" if told[row] is None else f"{told[row]:.2f}", va="center")
     for axes, label in ((left, "neurons left (fraction of the layer's)"), (right, "zeros (fraction of parameters)")):
         axes.set_xlim(0, 1)
         axes.set_xlabel(label)
@@ -162,7 +173,7 @@ def _layers(layers: Sequence[Layer]) -> Any:
 
 
 def _count(value: int | None) -> str:
-    return "0" if value is None else f"{value:,}"
+    return "–" if value is None else f"{value:,}"
 
 
 # -- over time ---------------------------------------------------------------------------------------------------------
@@ -253,7 +264,7 @@ def _curve(
     x, y = zip(*points, strict=True) if points else ((), ())
     few = len(points) <= 60
     shown = marker if few else None
-    axes.plot(x, y, color=COLORS[color], marker=shown, ms=3.5, lw=1.3, label=label, drawstyle=drawstyle)
+    axes.plot(x, y, color=COLORS[color], marker=shown, ms=3.5, lw=1.3, label=label, drawstyle=drawstyle, clip_on=False)
 
 
 # -- sensitivity -------------------------------------------------------------------------------------------------------
@@ -287,6 +298,7 @@ def _curves(found: Sensitivity, labels: Sequence[str]) -> Any:
             ms=4,
             lw=1.3,
             label=label,
+            clip_on=False,
         )
     axes.axhline(found.base, color=COLORS["dense"], lw=1.5, zorder=1, label="nothing masked")
     axes.set_xlabel("fraction of the group's neurons masked")

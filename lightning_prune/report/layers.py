@@ -11,12 +11,23 @@ from torch import Tensor, nn
 
 from lightning_prune.activations.apply import Change
 from lightning_prune.activations.candidates import choice_of
+from lightning_prune.errors import PruningError
 from lightning_prune.graph.groups import Groups
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.weights import prunable_weights
 from lightning_prune.report.cost import Cost
 from lightning_prune.report.report import Histogram, Layer
 
-__all__ = ["histograms", "layers_of", "magnitudes", "statuses", "threshold_of"]
+__all__ = [
+    "counts_of",
+    "histograms",
+    "layers_of",
+    "magnitudes",
+    "statuses",
+    "threshold_of",
+    "thresholds_of",
+    "weights_of",
+]
 
 WIDTHS = ("out_features", "out_channels", "num_features", "embedding_dim", "embed_dim", "hidden_size", "nf")
 """Attributes that hold how many neurons a layer makes, torch's and transformers'; the first that is there counts."""
@@ -56,13 +67,14 @@ def layers_of(
         if gone:
             status, reason = "", "removed: its input is passed on"
             here[1] = {**dict.fromkeys(("params", "nonzero", "macs", "bytes"), 0)}
+        before, after = _activations(name, twins, activations)
         share = [None if each is None else each.get(name, 0.0) for each in shares]
         found.append(
             Layer(
                 name,
                 type(module).__name__,
                 latency_share=(share[0], share[1]),
-                activation=_activations(name, twins, activations),
+                activation=(before, None if gone else after),
                 status=status,
                 reason=reason,
                 **{key: (here[0].get(key), here[1].get(key)) for key in here[0]},
@@ -149,8 +161,6 @@ def statuses(model: nn.Module, plan: Plan, groups: Groups | None = None) -> dict
         own = [f"{name}.{each}" if name else each for each, _ in module.named_parameters(recurse=False)]
         made = [f"{each}[{dim}]" for each in own for dim in [_made_dim(module, each.rpartition(".")[2])]]
         reasons = [reason for key, reason in plan.frozen.items() if key.partition(" ")[0] in made]
-        if name in plan.frozen:
-            reasons.append(plan.frozen[name])
         lost = any(_made_dim(module, each.rpartition(".")[2]) in plan.kept.get(each, {}) for each in own)
         if lost:
             found[name] = ("exact", "")
@@ -165,7 +175,10 @@ def statuses(model: nn.Module, plan: Plan, groups: Groups | None = None) -> dict
                 found[name] = ("exact", "") if group.exact else told
     for names, mixing in plan.approximate.items():
         found |= dict.fromkeys(names.split(" + "), ("approximate", mixing))
-    return found
+    # Why a whole layer or its kernel stays says nothing of its neurons: it is told where nothing is known of these.
+    kept = {name.rpartition(".")[0] for name in plan.kept}
+    told_of = [name for name, _ in model.named_modules() if name in plan.frozen and name not in kept]
+    return {name: ("frozen", plan.frozen[name]) for name in told_of} | found
 
 
 def _made_dim(module: nn.Module, parameter: str) -> int:
@@ -179,6 +192,15 @@ def _made_dim(module: nn.Module, parameter: str) -> int:
 
 # -- magnitudes --------------------------------------------------------------------------------------------------------
 
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights whose magnitudes are told, by name."""
+    try:
+        return {name: weight.detach() for name, weight in prunable_weights(model).items()}
+    except PruningError:  # there are none
+        return {}
+
+
 LOW, HIGH, WIDTH = -8.0, 3.0, 0.1
 """Decimal logarithms of magnitudes, and the width of a bin."""
 BINS = round((HIGH - LOW) / WIDTH)
@@ -191,6 +213,32 @@ def magnitudes(weight: Tensor) -> list[int]:
     places = ((sizes.log10() - LOW) / WIDTH).long().clamp(0, BINS - 1)
     counts: list[int] = torch.bincount(places, minlength=BINS).tolist()
     return counts
+
+
+def counts_of(data: Any) -> dict[str, list[int]]:
+    """`magnitudes` by weight, from the plain data that checkpoints hold.
+
+    Raises:
+        PruningError: It is something else, or has other bins.
+    """
+    if not isinstance(data, Mapping) or not all(_are_counts(counts) for counts in data.values()):
+        raise PruningError(f"the histograms of weights can't be read: they are not {BINS} counts by name")
+    return {name: list(counts) for name, counts in data.items()}
+
+
+def _are_counts(counts: Any) -> bool:
+    return isinstance(counts, list) and len(counts) == BINS and all(type(count) is int for count in counts)
+
+
+def thresholds_of(data: Any) -> dict[str, float]:
+    """Thresholds by weight, from the plain data that checkpoints hold.
+
+    Raises:
+        PruningError: It is something else.
+    """
+    if not isinstance(data, Mapping) or not all(type(value) in (int, float) for value in data.values()):
+        raise PruningError("the thresholds of weights can't be read: they are not numbers by name")
+    return dict(data)
 
 
 def histograms(

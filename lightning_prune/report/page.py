@@ -26,28 +26,12 @@ DARK = {
 """What the plots' colours become where the reader prefers dark."""
 
 FIGURES = {
-    "layers": (
-        "Width and sparsity",
-        "Each row is a layer that holds a weight. Left: the neurons (channels, features) that it still makes, as a "
-        "fraction of those it made. Right: the fraction of its parameters that is zero.",
-    ),
-    "timeline": (
-        "Timeline",
-        "Top: parameters and MACs as fractions of the dense model's, and the fraction of all parameters that is zero. "
-        "Below: the metric and the learning rate.",
-    ),
-    "sensitivity": (
-        "Sensitivity",
-        "The metric when a part of one group of neurons is masked, one group at a time. A group whose values stay flat "
-        "can lose much.",
-    ),
-    "weights": (
-        "Weights",
-        "How the magnitudes of each layer's weights are distributed, each row to its own height. Where weights were "
-        "chosen by magnitude, the line is the magnitude below which they were set to zero; those that stayed may have "
-        "moved since.",
-    ),
+    "layers": "Width and sparsity",
+    "timeline": "Timeline",
+    "sensitivity": "Sensitivity",
+    "weights": "Weights",
 }
+"""The plots' headings, in the order of the page."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --card: #f6f7f9; --link: #00558a; LIGHT }
@@ -67,6 +51,8 @@ a { color: var(--link); }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 .scroll { overflow: auto; max-width: 100%; border: 1px solid var(--grid); border-radius: 6px; }
 .tall { max-height: 36rem; }
+.tall table { font-size: .78rem; }
+.tall th, .tall td { padding: .25rem .5rem; }
 table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 tbody tr:last-child > * { border-bottom: 0; }
@@ -74,7 +60,7 @@ thead th { position: sticky; top: 0; z-index: 1; background: var(--card); font-w
 tbody th { font-weight: 400; background: var(--page); }
 th:first-child, td.text, th.text { text-align: left; }
 @media (min-width: 48rem) { th:first-child { position: sticky; left: 0; } thead th:first-child { z-index: 2; } }
-td.why { white-space: normal; min-width: 15rem; }
+td.why { white-space: normal; min-width: 9rem; }
 .bar { display: inline-block; vertical-align: middle; width: 8rem; height: .7rem; background: var(--dense);
   border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--pruned); }
@@ -100,7 +86,7 @@ def page_of(report: Report) -> str:
         sections.append(("table", "Layers", _layers(report.layers)))
     for name in FIGURES:
         if name in plots:
-            sections.append((name, FIGURES[name][0], _figure(name, plots[name])))
+            sections.append((name, FIGURES[name], _figure(name, plots[name], report)))
     links = "".join(f'<li><a href="#{anchor}">{escape(heading)}</a></li>' for anchor, heading, _ in sections)
     body = "\n".join(
         f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{escape(heading)}</h2>\n{content}\n</section>'
@@ -184,9 +170,43 @@ def _layers(layers: Iterable[Layer]) -> str:
     return note + _scrolling("Layers", table, "tall")
 
 
-def _figure(name: str, svg: str) -> str:
-    heading, caption = FIGURES[name]
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{_scrolling(heading, svg)}</figure>"
+def _figure(name: str, svg: str, report: Report) -> str:
+    caption = escape(_caption(name, report))
+    return f"<figure><figcaption>{caption}</figcaption>{_scrolling(FIGURES[name], svg)}</figure>"
+
+
+def _caption(name: str, report: Report) -> str:
+    """What a plot shows; of what it has no data for it promises nothing."""
+    if name == "layers":
+        gone = any(layer.width[0] is not None and layer.width[1] is None for layer in report.layers)
+        return (
+            "Each row is a layer that holds a weight. Left: the neurons (channels, features) that it still makes, as a "
+            "fraction of those it made. Right: the fraction of its parameters that is zero."
+            + (" –: the layer was removed." if gone else "")
+        )
+    if name == "timeline":
+        macs = any(moment.macs is not None for moment in report.timeline)
+        measured = any(moment.metric is not None for moment in report.timeline)
+        rates = any(moment.lr is not None for moment in report.timeline)
+        below = [text for text, shown in (("the metric", measured), ("the learning rate", rates)) if shown]
+        counted = "arameters and MACs" if macs else "arameters"
+        return (
+            f"{'Top: p' if below else 'P'}{counted} as fractions of the dense model's, and the fraction of all "
+            "parameters that is zero."
+            + (f" Below: {' and '.join(below)}." if below else "")
+            + ("" if measured or not report.metric else f" Nothing was logged as {report.metric}.")
+        )
+    if name == "sensitivity":
+        return (
+            "The metric when a part of one group of neurons is masked, one group at a time. A group whose values stay "
+            "flat can lose much."
+        )
+    return "How the magnitudes of each layer's weights are distributed, each row to its own height." + (
+        " Where weights were chosen by magnitude, the line is the magnitude below which they were set to zero; those "
+        "that stayed may have moved since."
+        if any(each.threshold for each in report.weights)
+        else ""
+    )
 
 
 def _scrolling(label: str, content: str, kind: str = "") -> str:
@@ -209,5 +229,5 @@ def _svg(figure: Any, name: str) -> str:
     text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
     for color, value in COLORS.items():
         text = re.sub(value, f"var(--{color})", text, flags=re.IGNORECASE)
-    label = escape(FIGURES[name][0])
+    label = escape(FIGURES[name])
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

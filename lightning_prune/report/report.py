@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.sensitivity import Sensitivity
 
-__all__ = ["Histogram", "Layer", "Moment", "Report", "Row"]
+__all__ = ["Histogram", "Layer", "Moment", "Report", "Row", "check_ending", "timeline_of"]
 
 T = TypeVar("T")
 Pair = tuple[T | None, T | None]
@@ -254,18 +255,25 @@ class Report:
         Raises:
             PruningError: Another ending, or the file can't be written; what was there before is whole then.
         """
-        kinds: dict[str, Callable[[], str]] = {
-            ".html": self.to_html,
-            ".md": self.to_markdown,
-            ".json": self.to_json,
-            ".csv": self.to_csv,
-            ".txt": lambda: f"{self}\n",
-        }
         path = Path(path)
-        kind = kinds.get(path.suffix.lower())
-        if kind is None:
-            raise PruningError(f"a report is saved as one of {', '.join(kinds)}, got {path.name!r}")
-        _write(path, kind())
+        check_ending(path)
+        _write(path, KINDS[path.suffix.lower()](self))
+
+
+KINDS: dict[str, Callable[[Report], str]] = {
+    ".html": Report.to_html,
+    ".md": Report.to_markdown,
+    ".json": Report.to_json,
+    ".csv": Report.to_csv,
+    ".txt": lambda report: f"{report}\n",
+}
+"""What is written, by the ending of a file."""
+
+
+def check_ending(path: Path) -> None:
+    """Raise a PruningError unless a report can be saved under such a name."""
+    if path.suffix.lower() not in KINDS:
+        raise PruningError(f"a report is saved as one of {', '.join(KINDS)}, got {path.name!r}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -292,6 +300,18 @@ def text_of(value: float | None, unit: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
+def timeline_of(data: Iterable[Mapping[str, Any]]) -> list[Moment]:
+    """Moments from the plain data that checkpoints hold.
+
+    Raises:
+        PruningError: It is from a version that knew less, or no timeline.
+    """
+    try:
+        return [_made(Moment, moment) for moment in data]
+    except (TypeError, AttributeError) as error:
+        raise PruningError(f"the timeline can't be read: {error}") from error
+
+
 def _listed(value: Any) -> Any:
     """Tuples as lists."""
     if isinstance(value, dict):
@@ -313,5 +333,24 @@ def _finite(value: Any) -> Any:
 
 def _made(cls: type[T], data: Mapping[str, Any]) -> T:
     """One of the dataclasses above, from plain data; what else stands there is left aside."""
-    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{name: _tupled(value) for name, value in data.items() if name in known})
+    kinds = get_type_hints(cls)
+    given = {name: _tupled(value) for name, value in data.items() if name in kinds}
+    for name, value in given.items():
+        if not _is(value, kinds[name]):
+            raise TypeError(f"{name!r} of a {cls.__name__} can't be {value!r}")
+    return cls(**given)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether plain data is of the type of a field of the dataclasses above."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is(value, each) for each in parts)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = (parts[0],) * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(_is(each, part) for each, part in zip(value, parts, strict=True))
+    if kind is float:
+        kind = int | float
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,28 +15,90 @@ from torch.utils import _pytree as pytree
 from lightning_prune.export import save_pruned
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.tree import tensors
 
 __all__ = ["batch_size", "file_size", "measurable", "needs_library"]
 
 
-def batch_size(calls: Sequence[ModuleCall]) -> int:
-    """Size of the first dimension of the first input tensor; 1 where there is none."""
-    tensors = [leaf for leaf in pytree.tree_leaves([(c.args, c.kwargs) for c in calls]) if isinstance(leaf, Tensor)]
-    return next((tensor.size(0) for tensor in tensors if tensor.dim()), 1)
+def batch_size(calls: Sequence[ModuleCall], model: nn.Module | None = None) -> int:
+    """How many examples the calls hold, as their first input tells; 1 where there is none.
+
+    A tensor has them along its first dimension. A list of tensors or dicts is a batch of them (images of several sizes,
+    say) or one input in several parts: only the model tells, by giving twice as many outputs for a list twice as long.
+
+    Args:
+        calls: The calls.
+        model: What to ask; None, or one that can't repeat the calls: a list is a batch.
+    """
+    return _batch(calls, model)[0]
 
 
-def first_of(calls: Sequence[ModuleCall]) -> tuple[ModuleCall, ...]:
-    """The same calls with the first example of the batch only."""
-    size = batch_size(calls)
+def _batch(calls: Sequence[ModuleCall], model: nn.Module | None) -> tuple[int, bool]:
+    """How many examples, and whether it is lists that hold them."""
+    inputs = (leaf for call in calls for each in (*call.args, *call.kwargs.values()) for leaf in _leaves(each))
+    first = next((leaf for leaf in inputs if _is_list(leaf) or (isinstance(leaf, Tensor) and leaf.dim())), None)
+    if first is None:
+        return 1, False
+    if isinstance(first, Tensor):
+        return first.size(0), False
+    if model is None or _grows(model, calls, len(first)):
+        return len(first), True
+    return next((tensor.size(0) for tensor in tensors(first) if tensor.dim()), 1), False
 
-    def narrow(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.size(0) == size
-        return leaf[:1] if batched else leaf
+
+def _is_list(leaf: Any) -> bool:
+    return isinstance(leaf, list | tuple) and bool(leaf) and any(all(isinstance(e, k) for e in leaf) for k in LISTED)
+
+
+LISTED = (Tensor, Mapping)
+"""What lists that may be batches hold."""
+
+
+def _leaves(tree: Any) -> list[Any]:
+    leaves: list[Any] = pytree.tree_leaves(tree, is_leaf=_is_list)
+    return leaves
+
+
+def _changed(calls: Sequence[ModuleCall], change: Callable[[Any], Any]) -> tuple[ModuleCall, ...]:
+    """The calls with each input changed, a list as a whole."""
+
+    def changed(value: Any) -> Any:
+        return pytree.tree_map(change, value, is_leaf=_is_list)
 
     return tuple(
-        replace(call, args=pytree.tree_map(narrow, call.args), kwargs=pytree.tree_map(narrow, call.kwargs))
+        replace(call, args=tuple(map(changed, call.args)), kwargs={k: changed(v) for k, v in call.kwargs.items()})
         for call in calls
     )
+
+
+def _grows(model: nn.Module, calls: Sequence[ModuleCall], length: int) -> bool:
+    """Whether lists of a length give twice as many outputs when they are twice as long."""
+    longer = _changed(calls, lambda leaf: leaf + leaf if _is_list(leaf) and len(leaf) == length else leaf)
+    counts = []
+    with undisturbed(model):
+        model.eval()
+        for some in (calls, longer):
+            try:
+                outputs = tensors(run_calls(model, some))
+            except Exception:  # whatever a user's forward may raise; the calls as they are tell nothing then
+                return some is calls
+            counts.append((len(outputs), sum(each.size(0) for each in outputs if each.dim())))
+    return any(was and now == 2 * was for was, now in zip(*counts, strict=True))
+
+
+def first_of(model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[ModuleCall, ...]:
+    """The same calls with the first example of the batch only."""
+    size, listed = _batch(calls, model)
+
+    def narrow(leaf: Any) -> Any:
+        return leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else leaf
+
+    def narrow_all(leaf: Any) -> Any:
+        if listed and _is_list(leaf):
+            return leaf[:1] if len(leaf) == size else leaf
+        return pytree.tree_map(narrow, leaf)
+
+    return _changed(calls, narrow_all)
 
 
 def measurable(model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[tuple[ModuleCall, ...], tuple[ModuleCall, ...]]:
@@ -57,7 +119,7 @@ def measurable(model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[tuple[Mod
             stacklevel=2,
         )
         return (), ()
-    single = first_of(whole)
+    single = first_of(model, whole)
     return (single if _error_of(model, single) is None else whole), whole
 
 

@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_prune import ActivationSearch, NoEffectWarning, Plan, PruningError, register_activation
 from lightning_prune.activations.candidates import CANDIDATES, Choice
 from lightning_prune.activations.sites import find_activations
+from lightning_prune.callbacks.activation_search import ActivationReport
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -176,6 +177,7 @@ def test_the_report_says_what_where_and_what_it_brought(capsys: pytest.CaptureFi
     callback = ActivationSearch(CHOICES, trial_steps=2)
     fit(module, callback, max_epochs=10)
     report = callback.report_
+    assert isinstance(report, ActivationReport)
     assert report is not None
     rows = {row.site: row for row in report.sites}
     assert (rows["net.1"].before, rows["net.1"].after, rows["net.3"].after) == ("relu", "sine", "relu")

@@ -1,5 +1,6 @@
 """What a user's own file may hold; the tests name it by its path."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -64,6 +65,45 @@ class Tokens(nn.Module):
 def build(width: int = 4, **more: int) -> nn.Module:
     """A function that gives a module."""
     return Net(width, **more)
+
+
+class ByValue(Net):
+    """What it does depends on values: it can't be exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(x * 2 if float(x.sum()) > 0 else x)
+
+
+class Infinite(Net):
+    """Its output is no number, always."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu()) / 0
+
+
+class Boxes(Net):
+    """Gives a dict for each example, as detectors do."""
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        return [{"boxes": each.unsqueeze(0)} for each in super().forward(x)]
+
+
+def leaves() -> nn.Module:
+    raise SystemExit(7)
+
+
+def stopped() -> nn.Module:
+    raise KeyboardInterrupt
+
+
+def offline() -> nn.Module:
+    raise OSError("no connection\nand more")
+
+
+def talks() -> nn.Module:
+    warnings.warn("a word of caution\nand more", stacklevel=2)
+    return Net()
 
 
 ready = Net(5)

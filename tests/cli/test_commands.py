@@ -26,6 +26,7 @@ from lightning_prune import (
     NeuronPruning,
     PruningError,
     WeightPruning,
+    __version__,
     count_cost,
     find_groups,
     load_pruned,
@@ -38,6 +39,7 @@ from lightning_prune import (
 from lightning_prune.cli import commands, main, output
 from lightning_prune.cli.models import import_object, open_model
 from lightning_prune.models import LeNet
+from lightning_prune.report.report import KINDS, Moment, Report, Row
 
 NETS = str(Path(__file__).with_name("nets.py"))
 LENET = "lightning_prune.models:LeNet"
@@ -197,6 +199,9 @@ def test_prune_writes_a_report_too(tmp_path: Path, capsys: pytest.CaptureFixture
         (("--zeros.amount", "0.5", "--zeros.patern", "2:4"), "did you mean --zeros.pattern"),
         (("--amount", "0.5", "--round-to", "2.5"), "round_to: expected an int, got 2.5"),
         (("--amount", "0.5", "--exact-only", "perhaps"), "perhaps"),
+        (("--amount", "0.5", "--input", "99999999999,3,32,32"), "an input of '99999999999,3,32,32' can't be made"),
+        (("--amount", "0.5", "--seed", "9" * 30), "--seed is a whole number of 64 bits"),
+        (("--amount", "0.5", "--criterio", "l1"), "did you mean --criterion or "),
         (("--amount", "0.5", "--weights", "nowhere.ckpt"), "there is no file nowhere.ckpt"),
     ],
 )
@@ -245,6 +250,63 @@ def test_a_file_is_written_whole_or_not_at_all(error: BaseException, tmp_path: P
         temporary.write_bytes(b"whole")
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["nothing there", "files there"])
+def test_model_and_report_are_both_written_or_none(
+    before: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, report = tmp_path / "a.safetensors", tmp_path / "a.md"
+    for path in (out, report) if before else ():
+        path.write_bytes(b"before")
+
+    def fail(self: Any) -> str:
+        raise PruningError("no report today")
+
+    monkeypatch.setitem(KINDS, ".md", fail)
+    words = (
+        "prune",
+        f"{NETS}:Net",
+        "--amount",
+        "0.5",
+        "--latency",
+        "false",
+        "--out",
+        str(out),
+        "--report",
+        str(report),
+    )
+    assert "no report today" in error_of(capsys, *words)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == (
+        {"a.safetensors": b"before", "a.md": b"before"} if before else {}
+    )
+
+
+def test_what_cannot_be_written_so_is_told_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the model looked for, that would be the error."""
+    at = {end: str(tmp_path / f"a{end}") for end in (".safetensors", ".ckpt", ".docx", ".html", ".png")}
+    prune = ("prune", "nowhere:Net", "--amount", "0.5", "--out")
+    assert "a safetensors file: --out must end so, got 'a.ckpt'" in error_of(capsys, *prune, at[".ckpt"])
+    for words in (
+        (*prune, at[".safetensors"], "--report", at[".docx"]),
+        ("compare", "nowhere:Net", "nowhere:Net", "--out", at[".docx"]),
+        ("report", "nowhere.ckpt", "--out", at[".docx"]),
+    ):
+        assert "a report is saved as one of .html, .md, .json, .csv, .txt, got 'a.docx'" in error_of(capsys, *words)
+    sensitivity = ("sensitivity", "nowhere:Net", "--out")
+    pytest.importorskip("matplotlib")
+    assert "a figure is saved as one of" in error_of(capsys, *sensitivity, at[".docx"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for words in (
+        (*prune, at[".safetensors"], "--report", at[".html"]),
+        ("compare", "nowhere:Net", "nowhere:Net", "--out", at[".html"]),
+        ("report", "nowhere.ckpt", "--out", at[".html"]),
+        (*sensitivity, at[".png"]),
+    ):
+        assert 'pip install "lightning-prune[plots]"' in error_of(capsys, *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_that_fails_leaves_what_was_there(
@@ -394,6 +456,17 @@ def test_a_report_needs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "is of a file" in error_of(capsys, "report", LENET, "--out", str(tmp_path / "r.md"))
     (tmp_path / "bad.json").write_text("{")
     assert "is no JSON" in error_of(capsys, "report", str(tmp_path / "bad.json"), "--out", str(tmp_path / "r.md"))
+    whole = json.loads(Report((Row("parameters", 4, 2),), timeline=(Moment(1, 2, 0.5, 0.5, 3),)).to_json())
+    for place, value in (
+        (("rows", "parameters", "dense"), "many"),
+        (("timeline", 0, "amount"), None),
+        (("layers",), [3]),
+    ):
+        broken: Any = json.loads(json.dumps(whole))
+        inner = functools.reduce(lambda found, key: found[key], place[:-1], broken)
+        inner[place[-1]] = value
+        (tmp_path / "bad.json").write_text(json.dumps(broken))
+        assert "not a report" in error_of(capsys, "report", str(tmp_path / "bad.json"), "--out", str(tmp_path / "r.md"))
     (tmp_path / "bad.json").write_text('{"format": 1}')
     assert "not a report" in error_of(capsys, "report", str(tmp_path / "bad.json"), "--out", str(tmp_path / "r.md"))
     assert not (tmp_path / "r.md").exists()
@@ -458,6 +531,10 @@ def test_sensitivity_says_what_is_wrong(words: tuple[str, ...], text: str, capsy
 def test_a_regression_needs_a_metric(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("sensitivity", "torch.nn:Linear", "--init.in_features", "3", "--init.out_features", "1")
     assert "name a metric with --metric" in error_of(capsys, *words)
+
+
+def test_a_detector_needs_a_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name a metric with --metric" in error_of(capsys, "sensitivity", f"{NETS}:Boxes", "--input", "2,6")
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -529,6 +606,47 @@ def test_an_export_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_a_model_that_cannot_be_exported_is_told_in_one_line(
+    form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch says more: warnings, logs, the whole graph."""
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    capfd.readouterr()
+    words = ("export", f"{NETS}:ByValue", "--input", "2,6", "--format", form, "--out", str(tmp_path / "a.file"))
+    assert main(words) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"ByValue can't be exported to {form}" in line
+    assert "data-dependent" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_of_what_is_no_number_is_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "export", f"{NETS}:Infinite", "--input", "2,6", "--out", str(tmp_path / "a.pt2"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect",),
+        ("sensitivity",),
+        ("export", "--out", "{}/a.pt2"),
+        ("prune", "--amount", "0.5", "--out", "{}/a.safetensors"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_inputs_that_a_model_does_not_take_are_told(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *rest = (word.format(tmp_path) for word in words)
+    line = error_of(capsys, command, f"{NETS}:Net", *rest, "--input", "2,7")
+    assert "Net" in line
+    assert "raised RuntimeError" in line
+    assert not list(tmp_path.iterdir())
+
+
 # -- the command itself ------------------------------------------------------------------------------------------------
 
 
@@ -537,6 +655,25 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in commands.COMMANDS)
     for name in commands.COMMANDS:
         assert "--input" in said(capsys, name, "--help")
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line_each_and_none_beside_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"{NETS}:talks"]) == 0
+    assert "warning: a word of caution\n" in capsys.readouterr().err
+    assert "raised" in error_of(capsys, "inspect", f"{NETS}:talks", "--input", "2,7")
+
+
+def test_an_interrupted_command_leaves_files_as_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.safetensors"
+    out.write_bytes(b"before")
+    assert main(["prune", f"{NETS}:stopped", "--amount", "0.5", "--out", str(out)]) == 130
+    assert capsys.readouterr() == ("", "lightning-prune: interrupted; files are as they were\n")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.safetensors": b"before"}
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "--version").strip() == f"lightning-prune {__version__}"
 
 
 def test_no_command_and_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_zoos() -> None:
         (f"{NETS}:Nett", "did you mean Net"),
         (f"{NETS}:number", "neither a class nor a function"),
         (f"{NETS}:broken", "raised RuntimeError: no such luck"),
+        (f"{NETS}:leaves", "raised SystemExit: 7"),
+        (f"{NETS}:offline", "error: no connection"),
         (f"{NETS}:data", "gives no nn.Module but TensorDataset"),
         ("nowhere.py:Net", "there is no file nowhere.py"),
         ("nowhere.ckpt", "there is no file nowhere.ckpt"),
@@ -95,6 +98,12 @@ def test_a_file_whose_import_fails_is_told_and_forgotten(tmp_path: Path, capsys:
     assert "importing half_written_net.py raised KeyError" in error_of(capsys, "inspect", spec)
     (tmp_path / "half_written_net.py").write_text("import torch\nNet = lambda: torch.nn.Linear(4, 2)\n")
     assert isinstance(open_model(spec).model, nn.Linear)
+
+
+def test_a_file_that_exits_when_it_is_imported_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "script_without_guard.py").write_text("import sys\nsys.exit('usage: none')\n")
+    line = error_of(capsys, "inspect", f"{tmp_path / 'script_without_guard.py'}:Net")
+    assert "importing script_without_guard.py raised SystemExit: usage: none" in line
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -218,7 +227,7 @@ def test_a_function_that_a_checkpoint_names_is_not_called(
     content = {
         "state_dict": lit.state_dict(),
         "hyper_parameters": {"lr": 0.25, "_instantiator": "evil.make", "_class_path": "evil.Net"},
-        "pytorch-lightning_version": "2.6.0",
+        "pytorch-lightning_version": "2.5.0",
     }
     torch.save(content, tmp_path / "a.ckpt")
     found: Any = open_model(str(tmp_path / "a.ckpt"), cls=f"{NETS}:Lit", init={"network": _network()}).model
@@ -260,12 +269,39 @@ def test_a_file_that_is_none_is_told(command: str, tmp_path: Path, capsys: pytes
     assert {each.name for each in tmp_path.iterdir()} == {*cases, "folder.ckpt"}
 
 
+@pytest.mark.parametrize(
+    ("callbacks", "said"),
+    [
+        (3, "'int' object"),
+        ({"a": {"timeline": 3}}, "the timeline can't be read"),
+        ({"a": {"timeline": [{"epoch": "one"}]}}, "'epoch' of a Moment can't be 'one'"),
+        ({"a": {"before": {"first.weight": [1]}}}, "the histograms of weights can't be read"),
+        ({"a": {"thresholds": {"first.weight": "low"}}}, "the thresholds of weights can't be read"),
+        ({"a": {"plan": {"kept": 3}, "macs_left": 1.0}}, "a.ckpt: not a plan"),
+    ],
+)
+def test_what_callbacks_never_wrote_is_told(
+    callbacks: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = {"network": _network()}
+    lit = open_model(f"{NETS}:Lit", init=init).model
+    content = {"state_dict": lit.state_dict(), "callbacks": callbacks, "pytorch-lightning_version": "2.5.0"}
+    torch.save(content, tmp_path / "a.ckpt")
+    words = ("--class", f"{NETS}:Lit", "--init", json.dumps(init), "--out", str(tmp_path / "a.html"))
+    assert said in error_of(capsys, "report", str(tmp_path / "a.ckpt"), *words)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
+
+
 def test_a_checkpoint_of_another_class_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _checkpoint(tmp_path / "a.ckpt")
     path = str(tmp_path / "a.ckpt")
     assert "is not of Tokens" in error_of(capsys, "inspect", path, "--class", f"{NETS}:Tokens")
     lit = error_of(capsys, "inspect", path, "--class", f"{NETS}:Lit", "--init.network", "lightning_prune.models.LeNet")
     assert f"{path} is no checkpoint of Lit" in lit
+    assert "it has no 'pytorch-lightning_version'" in lit
+    torch.save(torch.load(path, weights_only=True) | {"pytorch-lightning_version": "2.5.0"}, tmp_path / "b.ckpt")
+    words = ("--class", f"{NETS}:Lit", "--init.network", "lightning_prune.models.LeNet")
+    assert "Missing key(s) in state_dict" in error_of(capsys, "inspect", str(tmp_path / "b.ckpt"), *words)
     assert "--class" in error_of(capsys, "inspect", path)
     assert "names a class of modules" in error_of(capsys, "inspect", path, "--class", f"{NETS}:number")
     assert "goes with a file" in error_of(capsys, "inspect", f"{NETS}:Net", "--class", f"{NETS}:Net")

@@ -191,6 +191,7 @@ def refused(content: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> s
 
 def test_a_file_that_is_no_yaml_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "parsing" in refused("trainer: [1\n  : x", tmp_path, capsys)
+    assert "refers to itself" in refused("trainer: &a [*a]\n", tmp_path, capsys)
     with pytest.raises(SystemExit) as caught:
         PruningCLI(ImageClassifier, Noise, args=["fit", "--config", str(tmp_path / "no.yaml")])
     assert caught.value.code == 2

@@ -106,9 +106,11 @@ def test_the_lowest_versions_are_those_that_pyproject_allows() -> None:
         match = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", line)
         if match:
             floors.setdefault(match[1], set()).add(match[2])
-    lowest = re.findall(
-        r"^([\w-]+)(?:\[\w+\])?==([\d.]+)$", Path(__file__).with_name("lowest.txt").read_text(), re.MULTILINE
+    text = Path(__file__).with_name("lowest.txt").read_text()
+    assert not [line for line in text.splitlines() if "[" in line and line[0] != "#"], (
+        "pip's constraints have no extras"
     )
+    lowest = re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE)
     assert {name for name, _ in lowest} >= CORE
     for name, version in lowest:
         assert any(f"{version}.".startswith(f"{floor}.") for floor in floors[name]), (name, version, floors[name])

@@ -8,6 +8,7 @@ import pickle
 import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from lightning_prune import Plan, Prunable, PruningError, load_from_checkpoint, prune_neurons
 from lightning_prune.graph.callsites import installed_patches
-from lightning_prune.pruning.prunable import METADATA
+from lightning_prune.pruning.prunable import METADATA, UntrustedError, read_checkpoint
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -376,8 +377,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         return train(seeded(Plain), tmp_path_factory.mktemp("run")).read_bytes()
 
 
-def refused(path: Path) -> None:
-    with pytest.raises(PruningError, match="is no checkpoint of Plain, or it is damaged") as error:
+def refused(path: Path, said: str = "is no checkpoint") -> None:
+    with pytest.raises(PruningError, match=said) as error:
         load_from_checkpoint(Plain, path)
     assert str(path) in str(error.value)
 
@@ -406,6 +407,29 @@ def test_an_altered_file_is_refused_or_read_as_it_is(checkpoint: bytes, tmp_path
         except Exception as error:
             raise AssertionError(f"byte {place}: {type(error).__name__}: {error}") from error
     assert failed > 5
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("every", [False, True], ids=["one member", "every member"])
+def test_a_file_whose_checksums_fail_is_refused(every: bool, compressed: bool, tmp_path: Path) -> None:
+    """Also where all of them do: a file without any sums has zeros for them."""
+    path = tmp_path / "altered.ckpt"
+    torch.save({"state_dict": Plain().state_dict(), "pytorch-lightning_version": "2.5.0"}, path)
+    if compressed:
+        with ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+    assert isinstance(load_from_checkpoint(Plain, path), Plain) or compressed
+    data = bytearray(path.read_bytes())
+    with ZipFile(path) as archive:
+        for member in [each for each in archive.infolist() if each.file_size][: None if every else 1]:
+            names = int.from_bytes(data[member.header_offset + 26 : member.header_offset + 28], "little")
+            more = int.from_bytes(data[member.header_offset + 28 : member.header_offset + 30], "little")
+            data[member.header_offset + 30 + names + more + member.compress_size // 2] ^= 0xFF
+    path.write_bytes(data)
+    refused(path, "was altered since it was written")
 
 
 OBJECTS: dict[str, Any] = {
@@ -445,6 +469,9 @@ def test_a_file_is_not_unpickled_unless_it_is_trusted(checkpoint: bytes, tmp_pat
     torch.save({**torch.load(path, weights_only=True), "more": Bomb(mark)}, path)
     with pytest.raises(PruningError, match="pass weights_only=False if you trust it"):
         load_from_checkpoint(Plain, path)
+    assert not mark.exists()
+    with pytest.raises(UntrustedError, match=r"nothing was unpickled, .*mkdir"):
+        read_checkpoint(path)
     assert not mark.exists()
     module = load_from_checkpoint(Plain, path, weights_only=False)
     assert mark.exists()

@@ -20,6 +20,11 @@ from rich.console import Console
 from torch import nn
 
 from lightning_prune import (
+    ActivationSearch,
+    KernelShrinking,
+    LayerPruning,
+    NeuronPruning,
+    Plan,
     PruningError,
     Report,
     Sensitivity,
@@ -27,16 +32,21 @@ from lightning_prune import (
     WeightPruning,
     compare,
     count_cost,
+    find_groups,
     prune_neurons,
     prune_weights,
     remove_layers,
     sensitivity,
+    shrink_kernels,
 )
+from lightning_prune.graph.run import as_calls
 from lightning_prune.models import LeNet
 from lightning_prune.pruning import progress
 from lightning_prune.pruning.latency import layer_times
 from lightning_prune.pruning.progress import progress_bar
+from lightning_prune.report.layers import statuses
 from lightning_prune.report.report import Moment, Row
+from lightning_prune.report.run import measurable
 
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -132,6 +142,7 @@ def test_a_removed_layer_counts_nothing_and_says_so() -> None:
     layer = {each.name: each for each in compare(dense, pruned, x, plan=plan, latency=False).layers}[f"{path}.0"]
     assert (layer.params, layer.macs, layer.shape[1]) == ((42, 0), (72, 0), None)
     assert layer.reason.startswith("removed")
+    assert layer.activation[1] is None, "what passes its input on is no activation that was chosen"
 
 
 def test_the_threshold_parts_what_went_from_what_stayed() -> None:
@@ -260,9 +271,104 @@ def test_models_that_do_not_fit_together_are_refused() -> None:
         compare(dense, "lenet", IMAGE)  # type: ignore[arg-type]
 
 
-def test_a_report_asked_for_before_fit_is_one_clear_line() -> None:
-    with pytest.raises(PruningError, match=r"this WeightPruning has no report yet: Trainer\.fit makes it"):
-        WeightPruning(0.5).report_.save("report.html")  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WeightPruning(0.5),
+        lambda: NeuronPruning(0.5),
+        lambda: KernelShrinking(0.5),
+        lambda: LayerPruning(0.5),
+        lambda: ActivationSearch(),
+    ],
+    ids=["WeightPruning", "NeuronPruning", "KernelShrinking", "LayerPruning", "ActivationSearch"],
+)
+def test_a_report_asked_for_before_fit_is_one_clear_line(make: Any) -> None:
+    callback = make()
+    with pytest.raises(PruningError, match=rf"this {type(callback).__name__} has no report yet: Trainer\.fit makes it"):
+        callback.report_.save("report.html")
+    assert not hasattr(callback, "report_")
+
+
+def test_what_is_said_of_layers_is_not_said_of_their_neurons() -> None:
+    """A norm layer can't be removed as a layer; its channels can go."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    plan = Plan({}, {}, frozen={"1": "has no weights but scales and shifts", "2": "has no weights"})
+    told = statuses(model, plan, find_groups(model, torch.rand(1, 3, 9, 9)))
+    assert told["1"] == ("exact", "")
+    assert told["2"] == ("frozen", "has no weights")
+    shrunk = shrink_kernels(model, torch.rand(1, 3, 9, 9), 0.3)
+    assert shrunk.kept.keys() & {"0.weight", "3.weight"}
+    told = statuses(model, Plan(shrunk.kept, shrunk.shapes, frozen={"0": "has no ring", "3": "has no ring"}))
+    assert [name in told for name in ("0", "3")] == [f"{name}.weight" not in shrunk.kept for name in ("0", "3")]
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+class OfImages(nn.Module):
+    """A detector in small: takes a list of images of any size, gives a dict for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        found = [{"boxes": self.head(self.conv(each.unsqueeze(0)).relu()).flatten(2)[0].T} for each in images]
+        return found if targets is None else [{**each, **targets[n]} for n, each in enumerate(found)]
+
+
+class OfParts(nn.Module):
+    """Takes one batch in two parts, as a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 8), nn.Linear(5, 8)
+
+    def forward(self, parts: Any) -> Any:
+        return torch.cat([self.left(parts[0]), self.right(parts[1])], dim=1).relu()
+
+
+class OfState(nn.Module):
+    """Takes a batch and a state in two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Any, state: Any) -> Any:
+        return self.cell(x, state)[0]
+
+
+IMAGES = [torch.rand(3, 8, 10), torch.rand(3, 9, 9)]
+TARGETS = [{"labels": torch.ones(1)}, {"labels": torch.ones(3)}]
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "size"),
+    [
+        (OfImages, (IMAGES[:1],), 1),
+        (OfImages, (IMAGES,), 2),
+        (OfImages, (tuple(IMAGES), TARGETS), 2),
+        (OfImages, {"images": IMAGES * 2}, 4),
+        (OfParts, ([torch.rand(6, 3), torch.rand(6, 5)],), 6),
+        (OfState, (torch.rand(2, 7, 3), (torch.rand(1, 2, 4), torch.rand(1, 2, 4))), 2),
+        (OfState, (torch.rand(5, 7, 3), (torch.rand(1, 5, 4), torch.rand(1, 5, 4))), 5),
+        (lambda: nn.Linear(3, 2), torch.rand(7, 3), 7),
+    ],
+)
+def test_the_batch_is_what_the_model_takes_for_one(make: Any, inputs: Any, size: int) -> None:
+    model = make()
+    report = compare(model, model, inputs, latency=False)
+    assert f"MACs (batch {size})" in [row.name for row in report.rows]
+
+
+def test_one_example_of_a_list_is_one_image() -> None:
+    single, whole = measurable(OfImages(), as_calls((IMAGES, TARGETS)))
+    assert [each.shape for each in single[0].args[0]] == [IMAGES[0].shape]
+    assert len(single[0].args[1]) == 1
+    assert whole == as_calls((IMAGES, TARGETS))
+    (single,), _ = measurable(OfState(), as_calls((torch.rand(2, 7, 3), (torch.rand(1, 2, 4), torch.rand(1, 2, 4)))))
+    assert [tuple(each.shape) for each in single.args[1]] == [(1, 2, 4)] * 2  # a state of the whole batch: no first one
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lightning_modules import LIGHTNING_WARNINGS, Spy, Task, fit, seeded
 from lightning_prune import NeuronPruning, WeightPruning
 from lightning_prune.callbacks import _base
 from lightning_prune.pruning.latency import latencies, layer_times
+from lightning_prune.report.layers import magnitudes
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -84,6 +85,46 @@ def test_a_resumed_run_has_the_whole_timeline(tmp_path: Path) -> None:
     assert len(whole[1].timeline_) == 4
     assert again[1].timeline_ == whole[1].timeline_
     assert again[1].report_.weights == whole[1].report_.weights
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [NeuronPruning(0.5, start=1, end=3)],
+        lambda: [WeightPruning(0.5, start=2, end=3), NeuronPruning(0.5, start=1, end=3)],
+        lambda: [NeuronPruning(0.5, start=1, end=3), WeightPruning(0.5, start=2, end=3)],
+    ],
+    ids=["neurons", "weights, neurons", "neurons, weights"],
+)
+def test_weights_before_are_those_before_the_first_pruning(make: Any, tmp_path: Path) -> None:
+    """Of whichever callback; also in a run that is resumed after it."""
+    seen: dict[str, list[int]] = {}
+
+    def note(trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.is_last_batch and trainer.current_epoch == 1:
+            seen.update({name: magnitudes(p) for name, p in module.named_parameters() if p.dim() > 1})
+
+    callbacks, again = make(), make()
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(seeded(Task), Spy(on_train_batch_end=note), *callbacks, saver, max_epochs=4)
+    found = {each.name: each for each in callbacks[0].report_.weights}
+    assert found.keys() == seen.keys()
+    for name, counts in seen.items():
+        assert sum(found[name].dense) == sum(counts) > 0
+        assert [count for count in found[name].dense if count] == [count for count in counts if count]
+    fit(seeded(Task, 7), *again, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert again[0].report_.weights == callbacks[0].report_.weights
+    fit(seeded(Task, 8), *again, max_epochs=4)
+    assert again[0].report_.weights != callbacks[0].report_.weights, "another model's"
+
+
+def test_a_fit_that_goes_on_knows_the_weights_before() -> None:
+    module, callback = seeded(Task), WeightPruning(0.5)
+    fit(module, callback)
+    first = callback.report_.weights
+    fit(module, callback)
+    assert [each.dense for each in callback.report_.weights] != [()] * len(first)
+    assert [each.threshold for each in callback.report_.weights] == [each.threshold for each in first]
 
 
 def test_another_fit_starts_another_timeline() -> None:
