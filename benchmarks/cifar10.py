@@ -113,6 +113,7 @@ class Recipe:
     lr: float  # of SGD with Nesterov momentum 0.9
     weight_decay: float
     ours: dict[str, Any] = field(default_factory=dict)  # arguments of NeuronPruning
+    structure: dict[str, Any] = field(default_factory=dict)  # of KernelShrinking and LayerPruning
     theirs: dict[str, Any] = field(default_factory=dict)  # of torch-pruning, see TorchPruning
     precision: Any = "32-true"  # of training, as Lightning calls it; accuracies are those of the network in float32
 
@@ -338,7 +339,7 @@ class Bench:
             self.plans[factor, seed].apply(Classifier(net, recipe, 1))
             reset(net, seed)
         elif side in STRUCTURE:
-            callbacks.append(STRUCTURE[side](1 - 1 / factor, of="macs", report=False))
+            callbacks.append(STRUCTURE[side](1 - 1 / factor, of="macs", report=False, **recipe.structure))
         model = train(net, recipe, self.data, seed, callbacks)
         if side == "ours":
             self.plans[factor, seed] = pruning.plan_
@@ -500,6 +501,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--criterion", help="of NeuronPruning, instead of the recipe's")
     parser.add_argument("--options", nargs="+", type=option, default=[], metavar="KEY=VALUE", help="of NeuronPruning")
     parser.add_argument(
+        "--structure-options", nargs="+", type=option, default=[], metavar="KEY=VALUE", help="of kernels and layers"
+    )
+    parser.add_argument(
         "--tp-options",
         nargs="+",
         type=option,
@@ -530,6 +534,7 @@ def recipe_of(name: str, args: argparse.Namespace) -> Recipe:
     fields = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__}
     fields |= {f: value for f in ("epochs", "batch", "lr", "weight_decay") if (value := getattr(args, f)) is not None}
     fields |= {"precision": args.precision} if args.precision else {}
+    fields["structure"] = recipe.structure | dict(args.structure_options)
     fields["ours"] = recipe.ours | ({"criterion": args.criterion} if args.criterion else {}) | dict(args.options)
     fields["theirs"] = recipe.theirs | dict(args.tp_options)
     return Recipe(**(fields | ({"epochs": 2} if args.quick else {})))
