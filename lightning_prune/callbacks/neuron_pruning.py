@@ -221,7 +221,7 @@ class NeuronPruning(StructureCallback):
             found = {number: reasons[key] for number, key in enumerate(groups.keys) if key in reasons}
             groups = groups.refuse(found) if found else groups
         if self.groups_ is None:
-            _check_ranks(trainer, groups)
+            _check_ranks(trainer, groups, complete=trace.parameters <= trace.readers.keys())
         try:
             allowed = self._choice.allowed(pl_module, groups, self._judge)
             macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
@@ -407,18 +407,28 @@ class NeuronPruning(StructureCallback):
         self._by_gradients.discard(id(optimizer))
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
-        if self.groups_ is None and self._calls is not None:
-            return  # no batch has run the model since another callback changed it
-        if (self._misses or self._expects(trainer)) and not _ends(trainer):
-            return
-        if self.groups_ is None:
+        if self.groups_ is None and self._calls is None:
             raise ConfigurationError("NeuronPruning: no training batch has used a parameter of the model so far")
+        if trainer.strategy.reduce_boolean_decision(self._waits(trainer, pl_module), all=False):  # on any process
+            return
         now = self.remove == "progressive" or _ends(trainer)
         if self._part > self._pruned or (now and self._masked is not None):
-            told = self._judge.told(pl_module, self.groups_) | ~self._judge.judged(pl_module, self.groups_)
-            if not bool(told.all()) and not _ends(trainer) and not (trainer.is_last_batch and bool(told.any())):
-                return  # parts take turns, as in a GAN: wait for the others
+            assert self.groups_ is not None
+            last = trainer.is_last_batch or _ends(trainer)
+            if not self._pruned and not _check_ranks(trainer, self.groups_, complete=last):
+                return  # they have not run the same parts yet
             self._go(trainer, pl_module, amount, now)
+
+    def _waits(self, trainer: Any, pl_module: Any) -> bool:
+        """Whether too little is known to remove anything now."""
+        if self.groups_ is None:
+            return True  # no batch has run the model since another callback changed it
+        if _ends(trainer):
+            return False
+        told = self._judge.told(pl_module, self.groups_) | ~self._judge.judged(pl_module, self.groups_)
+        if not bool(told.all()) and not (trainer.is_last_batch and bool(told.any())):
+            return True  # parts take turns, as in a GAN
+        return self._misses or self._expects(trainer)
 
     def _expects(self, trainer: Any) -> bool:
         """Whether parts that are trained have not run yet, and may still do so before anything goes."""
@@ -429,8 +439,6 @@ class NeuronPruning(StructureCallback):
     def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
         """Choose what goes, and remove it now or only mask it."""
         assert self.groups_ is not None
-        if not self._pruned:  # some may have watched further batches
-            _check_ranks(trainer, self.groups_)
         drawn, whole, masked = self.groups_, self._dense, self._masked
         further, self._pruned = self._part > self._pruned, self._part
         if isinstance(self._judge, Random):
@@ -602,22 +610,29 @@ class NeuronPruning(StructureCallback):
         self._restored = {key: state_dict[key] for key in ("masked", "sums")}
 
 
-def _check_ranks(trainer: Any, groups: Groups) -> None:
-    """Processes must agree on what neuron a number means, before one tells the others which to keep.
+def _check_ranks(trainer: Any, groups: Groups, complete: bool) -> bool:
+    """Whether processes agree on what neuron a number means, as they must before one tells the others which to keep.
+
+    Args:
+        trainer: The Trainer.
+        groups: What this process has found.
+        complete: Whether it is to be so now; else they may still come to agree.
 
     Raises:
-        ConfigurationError: They don't; on all of them.
+        ConfigurationError: It is to be so, and isn't; on all of them.
     """
     if trainer.world_size == 1:
-        return
+        return True
     told = "\n".join(f"{key} {group.size}" for key, group in zip(groups.keys, groups.prunable, strict=True))
-    own = torch.tensor([zlib.crc32(told.encode())])
-    every = trainer.strategy.all_gather(own.to(trainer.strategy.root_device)).flatten()
-    if len(every.unique()) > 1:
+    own = torch.tensor([zlib.crc32(told.encode()), complete])
+    sums, ends = trainer.strategy.all_gather(own.to(trainer.strategy.root_device)).view(-1, 2).T
+    agree = len(sums.unique()) == 1
+    if not agree and bool(ends.all()):
         raise ConfigurationError(
             "NeuronPruning: the processes have different models, or ran different parts of them on their first batch; "
             f"process {trainer.global_rank} has {len(groups.prunable)} groups: {told.replace(chr(10), ', ')}"
         )
+    return agree
 
 
 def _ends(trainer: Any) -> bool:
