@@ -93,6 +93,18 @@ class Clock:
     def __str__(self) -> str:
         return f"max_epochs={self.max_epochs or -1}, max_steps={self.max_steps or -1}"
 
+    @property
+    def steps(self) -> float:
+        """Optimizer steps of the whole training; infinite: it has no end, or no known one."""
+        by_epochs = math.inf if self.max_epochs is None else self.max_epochs * self.steps_per_epoch
+        return min(by_epochs, math.inf if self.max_steps is None else self.max_steps)
+
+    def steps_until(self, point: Point) -> float:
+        """Optimizer steps before a moment of training; infinite: that isn't known."""
+        if math.isinf(self.steps):
+            return point * self.steps_per_epoch if isinstance(point, int) else math.inf
+        return self._position(point) * self.steps
+
     def _fraction(self, epochs: float, steps: float) -> float:
         if self.max_epochs is None and self.max_steps is None:
             return epochs
