@@ -146,20 +146,53 @@ def _allowed(picks: Picks, budget: int | None) -> bool:
 
 
 def _exhaust(units: Sequence[Unit], runs: Runs, steps: int, budget: int | None) -> Found:
-    """Every option at every place in turn, each kept where it is better; then every whole model."""
-    own = best = (0,) * len(units)
-    losses = {own: runs.loss(own, steps)}
-    places = [(unit, place) for unit, each in enumerate(units) for place in range(1, len(each.options))]
-    for unit, place in places:
-        tried = (*best[:unit], place, *best[unit + 1 :])
-        if _allowed(tried, budget):
-            losses[tried] = runs.loss(tried, steps)
-            best = tried if losses[tried] < losses[best] else best
-    for picks in whole_models(units):
-        if picks not in losses and _allowed(picks, budget):
+    """Every option at every place, what is better together, and every whole model."""
+    own = (0,) * len(units)
+    losses: dict[Picks, float] = {}
+
+    def loss(picks: Picks) -> float:
+        if picks not in losses:
             losses[picks] = runs.loss(picks, steps)
+        return losses[picks]
+
+    others = [(place,) for place in range(1, max(len(each.options) for each in units))]
+    parts = [(unit, [o for o in others if o[0] < len(each.options)]) for unit, each in enumerate(units)]
+    _improve(own, parts, loss, budget)
+    for picks in whole_models(units):
+        if _allowed(picks, budget):
+            loss(picks)
     best = min(losses, key=lambda picks: losses[picks])
     return Found(best, losses[best], losses[own])
+
+
+def _improve(
+    best: Picks, parts: Sequence[tuple[int, Sequence[Picks]]], loss: Callable[[Picks], float], budget: int | None
+) -> Picks:
+    """``best`` with other options in those parts where they help, and help beside those that help more.
+
+    Args:
+        best: What is changed.
+        parts: The first unit of each, and the options to try there.
+        loss: Of a run.
+        budget: How many units may change at most; None: all.
+    """
+
+    def having(start: int, options: Picks) -> Picks:
+        return (*best[:start], *options, *best[start + len(options) :])
+
+    lowest = before = loss(best)
+    helping = []
+    for start, several in parts:
+        tries = [tried for tried in dict.fromkeys(having(start, options) for options in several) if tried != best]
+        found = [(loss(tried), start, tried) for tried in tries if _allowed(tried, budget)]
+        if found and min(found)[0] < before:
+            _, _, tried = min(found)
+            helping.append((min(found)[0], start, tried[start : start + len(several[0])]))
+    for _, start, options in sorted(helping):
+        tried = having(start, options)
+        if _allowed(tried, budget) and (found_loss := loss(tried)) < lowest:
+            lowest, best = found_loss, tried
+    return best
 
 
 def _vary(best: Picks, others: Sequence[Picks], runs: Runs, steps: float, length: int, budget: int | None) -> Picks:
@@ -177,27 +210,21 @@ def _vary(best: Picks, others: Sequence[Picks], runs: Runs, steps: float, length
         budget: How many units may change at most; None: all.
     """
     half = steps / 2
-    parts = min(int(half / max(length / SHORT, 1) / (len(others) + 1)), len(best))
-    if parts < 1:
+    count = min(int(half / max(length / SHORT, 1) / (len(others) + 1)), len(best))
+    if count < 1:
         return best
-    each = max(int(half / (parts * (len(others) + 1))), 1)
-    ends = [round(part * len(best) / parts) for part in range(parts + 1)]
+    each = max(int(half / (count * (len(others) + 1))), 1)
+    ends = [round(part * len(best) / count) for part in range(count + 1)]
+    parts = [(start, [other[start:end] for other in others]) for start, end in pairwise(ends)]
+    losses: dict[Picks, float] = {}
+
+    def loss(picks: Picks) -> float:
+        if picks not in losses:
+            losses[picks] = runs.loss(picks, each)
+        return losses[picks]
+
     with runs.after(best, max(int(half), 1)):
-        loss = before = runs.loss(best, each)
-        changes = []
-        for start, end in pairwise(ends):
-            tries = dict.fromkeys((*best[:start], *other[start:end], *best[end:]) for other in others)
-            losses = {tried: runs.loss(tried, each) for tried in tries if tried != best and _allowed(tried, budget)}
-            if losses and min(losses.values()) < before:
-                found = min(losses, key=lambda tried: losses[tried])
-                changes.append((losses[found], start, found[start:end]))
-        # Each was better by itself; the best of them first, each with those before it.
-        for number, (alone, start, options) in enumerate(sorted(changes)):
-            tried = (*best[:start], *options, *best[start + len(options) :])
-            found_loss = runs.loss(tried, each) if number and _allowed(tried, budget) else alone
-            if found_loss < loss and _allowed(tried, budget):
-                loss, best = found_loss, tried
-    return best
+        return _improve(best, parts, loss, budget)
 
 
 def sample(

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune._lightning import accept_both_lightnings
@@ -47,7 +48,7 @@ COSTS = {"mixture": 0.25, "trial": 1.0}
 """What short runs may cost unless told otherwise, as a part of the training's steps."""
 
 CHECK_STEPS = CHECKED_ON = 20
-"""Of a run that checks a mixture where a training's length is not known; and the training batches of such runs."""
+"""Of a run that checks a mixture where a training's length is not known; and the batches of runs that keep theirs."""
 
 TRAVEL, FASTEST = 4.0, 0.05
 """How far a mixture's weight may move in a search, in units of the softmax's logits at first; and in one step."""
@@ -196,7 +197,7 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         self._found_in: weakref.ref[nn.Module] | None = None
         self._watching = ExitStack()
         self._finder: SiteFinder | None = None
-        self._batches: tuple[list[Any], list[Any]] = ([], [])
+        self._batches: tuple[Any, list[Any]] = ([], [])
         self._clock: Clock | None = None
         self._rate = FASTEST if self.lr is None else self.lr
         self._state_hooks: list[RemovableHandle] = []
@@ -277,12 +278,14 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         # A module of several loaders has batches of its own make, and one that steps by itself can't be run aside.
         if pl_module.automatic_optimization and len(loaders) == 1:
             held = validation_batches(trainer, self.held_out, pl_module) if self.held_out else []
-            count = 1 if self.mode == "trial" else CHECKED_ON if held else 0
-            self._batches = fetch(loaders[0], count, pl_module), held
+            # Runs of a given length go through few batches again and again; others are long enough to learn those.
+            few = CHECKED_ON if self.trial_steps is None else self.trial_steps
+            anew = self.mode == "trial" or (self.trial_steps is None and isinstance(loaders[0], DataLoader))
+            self._batches = loaders[0] if anew else fetch(loaders[0], few if held else 0, pl_module), held
         if self._search is not None:
             self._resume(pl_module)
         elif self.mode == "trial":
-            self._try(trainer, pl_module, loaders[0])
+            self._try(trainer, pl_module)
 
     def _options(self) -> MixtureOptions:
         return MixtureOptions(
@@ -366,13 +369,16 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
 
     # -- trials ---------------------------------------------------------------------------------------------
 
-    def _try(self, trainer: Any, pl_module: Any, loader: Any) -> None:
+    def _try(self, trainer: Any, pl_module: Any) -> None:
         """Short runs from the weights as they are."""
         assert self._clock is not None
-        training, held = self._batches
+        loader, held = self._batches
         finder = self._new_finder(pl_module)
+        first = fetch(loader, 1, pl_module)
+        if not first:
+            raise ConfigurationError("ActivationSearch: the training loader gave no batch")
         with aside(pl_module), torch.no_grad(), finder.watch():
-            loss_on(trainer, pl_module, training[0])
+            loss_on(trainer, pl_module, first[0])
             if held:
                 pl_module.eval()
                 loss_on(trainer, pl_module, held[0])
