@@ -51,8 +51,8 @@ class Clock:
     steps_per_epoch: float
 
     @classmethod
-    def of(cls, trainer: Any, start: Point, end: Point) -> Clock:
-        """The clock of a Trainer whose loaders are set up.
+    def of(cls, trainer: Any, start: Point, end: Point, *, check: bool = True) -> Clock:
+        """The clock of a Trainer whose loaders are set up; without ``check`` for its length alone.
 
         Raises:
             PruningError: The window can't be placed in this training, or lies outside it.
@@ -65,7 +65,8 @@ class Clock:
             max_steps=trainer.max_steps if trainer.max_steps != -1 else None,
             steps_per_epoch=math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else batches,
         )
-        clock.check()
+        if check:
+            clock.check()
         return clock
 
     def check(self) -> None:

@@ -263,10 +263,10 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         if self._done:
             return
         try:
-            self._clock = Clock.of(trainer, 0.0, self.search_until)
+            self._clock = Clock.of(trainer, 0.0, self.search_until, check=self.mode == "mixture")
         except PruningError as error:
             raise ConfigurationError(f"ActivationSearch: {error}".replace("end=", "search_until=")) from None
-        if self.lr is None:
+        if self.lr is None and self.mode == "mixture":
             # Weights that move fast choose what learns fast: all would be decided in the first hundreds of steps.
             updates = self._clock.steps_until(self.search_until) * trainer.accumulate_grad_batches
             self._rate = min(TRAVEL / updates, FASTEST) if math.isfinite(updates) else FASTEST
