@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
@@ -391,6 +391,8 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
                 "ActivationSearch: this training has no known length, of which short runs could take a part; give "
                 "trial_steps"
             )
+        length = f"{total:,.0f} steps" if self.trial_steps is None else f"{self.trial_steps} steps each"
+        rank_zero_info(f"ActivationSearch: short runs of {length} before the training starts")
         rates = Rates(trainer, pl_module, self._clock.steps, self._clock.steps_per_epoch)
         short = ShortRuns(trainer, pl_module, loader, held or fetch(loader, CHECKED_ON, pl_module), rates)
         runs = Trials(short, mixture, partial(self._with, pl_module))
