@@ -44,11 +44,11 @@ THRESHOLDS = (False, True, "site", "channel")
 QUANTILES = (0.1, 0.25, 0.5)
 """Of a ReLU's positive inputs: the thresholds that are tried."""
 
-COSTS = {"mixture": 0.25, "trial": 1.0}
-"""What short runs may cost unless told otherwise, as a part of the training's steps."""
+COSTS, AT_MOST = {"mixture": 0.25, "trial": 1.0}, 30
+"""What short runs may cost unless told otherwise: this part of the training's steps, so many epochs at most."""
 
-CHECK_STEPS = CHECKED_ON = 20
-"""Of a run that checks a mixture where a training's length is not known; and the batches of runs that keep theirs."""
+CHECKED_ON = 20
+"""Training batches of runs that keep theirs."""
 
 TRAVEL, FASTEST = 4.0, 0.05
 """How far a mixture's weight may move in a search, in units of the softmax's logits at first; and in one step."""
@@ -64,7 +64,7 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
     all places, fewer and fewer of them for longer and longer; then what is second best at single places of a model
     that has learned with the best; what helps there counts if it also does from the start. Each run is the training
     in small, learning rates included. Training then starts from the first weights, so that all of it is with the
-    choice. All runs together have as many steps as the training (``trial_cost``).
+    choice. All runs together have as many steps as the training, if that isn't very long (``trial_cost``).
 
     ``mode="mixture"``: from the second batch on each site runs a weighted mean of the candidates, scaled to the same
     spread. The weights are a softmax at a falling temperature; they start with half on what the user has and are
@@ -98,7 +98,7 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         trial_steps: Optimizer steps of every short run, with every candidate tried at every place; 0: compare at once.
             None: longer ones for what does well, within ``trial_cost``.
         trial_cost: Optimizer steps of all short runs together, as a part of the training's. None: 1.0 for trials,
-            0.25 for what the mixture is checked with at its end.
+            0.25 for what the mixture is checked with at its end, and not more than of 30 epochs.
         held_out: Validation batches that are used; 0: fit on training batches, check nothing.
         lr: Learning rate of the mixture's weights. None: what lets none of them win before the end of the search.
         value_lr: Learning rate of slopes, shifts and betas.
@@ -386,7 +386,7 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         if mixture is None:
             raise ConfigurationError("ActivationSearch: no activation site to search; the first batch ran no module")
         total = self._total()
-        if self.trial_steps is None and math.isinf(total):
+        if self.trial_steps is None and math.isinf(total):  # loaders without a length, too
             raise ConfigurationError(
                 "ActivationSearch: this training has no known length, of which short runs could take a part; give "
                 "trial_steps"
@@ -410,7 +410,10 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
     def _total(self) -> float:
         """Steps that all short runs together may make."""
         assert self._clock is not None
-        return (COSTS[self.mode] if self.trial_cost is None else self.trial_cost) * self._clock.steps
+        if self.trial_cost is not None:
+            return self.trial_cost * self._clock.steps
+        # Many a training has no end but the one that early stopping makes.
+        return COSTS[self.mode] * min(self._clock.steps, AT_MOST * self._clock.steps_per_epoch)
 
     @contextmanager
     def _with(self, pl_module: Any, choices: Mapping[str, Choice]) -> Iterator[None]:
@@ -447,8 +450,8 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
             runs = ShortRuns(trainer, pl_module, training, held)
             steps = self.trial_steps
             if steps is None:
-                total, count = self._total(), len(mixture.units) + 2
-                steps = CHECK_STEPS if math.isinf(total) else max(int(total / count), 1)
+                total = min(self._total(), trainer.global_step)  # a training that ends early has not made more
+                steps = max(int(total / (len(mixture.units) + 2)), 1)
 
             def loss(choices: Mapping[str, Choice]) -> float:
                 return runs.loss(partial(self._with, pl_module, choices), steps)

@@ -186,9 +186,24 @@ def test_trials_are_made_at_the_rates_that_are_to_come() -> None:
 
 
 def test_a_training_without_a_length_is_told_what_trials_need() -> None:
-    assert_refused(
-        Task, [quiet(ActivationSearch, mode="trial")], {"max_epochs": -1, "limit_train_batches": 2}, "give trial_steps"
-    )
+    endless = functools.partial(Task, endless=True)
+    assert_refused(endless, [quiet(ActivationSearch, mode="trial")], {"max_epochs": 2}, "give trial_steps")
+    given = quiet(ActivationSearch, ("tanh", "relu"), mode="trial", trial_steps=1)
+    fit(seeded(endless), given, max_epochs=1)
+    assert given._done
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 1000}, {"max_epochs": -1}, {"max_epochs": -1, "max_steps": 4000}])
+def test_a_training_that_early_stopping_ends_is_not_taken_for_as_long_as_it_may_be(options: dict[str, Any]) -> None:
+    halt = Spy(on_train_epoch_end=lambda t, _: setattr(t, "should_stop", True))
+    callback = quiet(ActivationSearch, ("tanh", "relu"), mode="trial")
+    trainer = fit(seeded(lambda: Task(batches=2)), callback, halt, **options)
+    assert trainer.global_step == 2
+    assert 30 < callback.report_.steps <= 30 * 2
+    mixed = quiet(ActivationSearch, ("tanh", "relu"), search_until=10)
+    with pytest.warns(NoEffectWarning, match="training ended before the search did"):
+        fit(seeded(lambda: Task(batches=8)), mixed, halt, **options)
+    assert mixed.report_.steps <= 8
 
 
 @pytest.mark.parametrize("several", [1, 2])
