@@ -29,6 +29,7 @@ CASES: dict[str, Any] = {
     "training batches": (lambda: Task(SmallLiteralView(), shape=IMAGE), {"held_out": 0}),
     "manual": (Manual, {}),
     "trial": (lambda: Task(conv_net(), shape=IMAGE), {"mode": "trial"}),
+    "trial by cost": (lambda: Task(SmallLiteralView(), shape=IMAGE, batches=8), {"mode": "trial", "trial_steps": None}),
 }
 
 
@@ -37,7 +38,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name, (make, options) in CASES.items():
-        callback = ActivationSearch(("gelu", "sigmoid", "relu"), lr=0.5, trial_steps=2, report=False, **options)
+        callback = ActivationSearch(("gelu", "sigmoid", "relu"), lr=0.5, report=False, **{"trial_steps": 2} | options)
         module = seeded(make)
         middle: list[Any] = []
 

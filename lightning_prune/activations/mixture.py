@@ -193,9 +193,12 @@ class Mixture:
 
     def best(self) -> dict[str, Choice]:
         """Site -> the option with the most weight; sites that keep what they have are not in it."""
+        return self.choices([int(self.weights(number).argmax()) for number in range(len(self.units))])
+
+    def choices(self, picks: Sequence[int]) -> dict[str, Choice]:
+        """Site -> what these options of the units mean there, parameters as learned; without sites that keep theirs."""
         chosen: dict[str, Choice] = {}
-        for number, unit in enumerate(self.units):
-            place = int(self.weights(number).argmax())
+        for number, (unit, place) in enumerate(zip(self.units, picks, strict=True)):
             option = unit.options[place]
             if option is None:
                 continue

@@ -51,8 +51,8 @@ class Clock:
     steps_per_epoch: float
 
     @classmethod
-    def of(cls, trainer: Any, start: Point, end: Point) -> Clock:
-        """The clock of a Trainer whose loaders are set up.
+    def of(cls, trainer: Any, start: Point, end: Point, *, check: bool = True) -> Clock:
+        """The clock of a Trainer whose loaders are set up; without ``check`` for its length alone.
 
         Raises:
             PruningError: The window can't be placed in this training, or lies outside it.
@@ -65,7 +65,8 @@ class Clock:
             max_steps=trainer.max_steps if trainer.max_steps != -1 else None,
             steps_per_epoch=math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else batches,
         )
-        clock.check()
+        if check:
+            clock.check()
         return clock
 
     def check(self) -> None:
@@ -92,6 +93,18 @@ class Clock:
 
     def __str__(self) -> str:
         return f"max_epochs={self.max_epochs or -1}, max_steps={self.max_steps or -1}"
+
+    @property
+    def steps(self) -> float:
+        """Optimizer steps of the whole training; infinite: it has no end, or no known one."""
+        by_epochs = math.inf if self.max_epochs is None else self.max_epochs * self.steps_per_epoch
+        return min(by_epochs, math.inf if self.max_steps is None else self.max_steps)
+
+    def steps_until(self, point: Point) -> float:
+        """Optimizer steps before a moment of training; infinite: that isn't known."""
+        if math.isinf(self.steps):
+            return point * self.steps_per_epoch if isinstance(point, int) else math.inf
+        return self._position(point) * self.steps
 
     def _fraction(self, epochs: float, steps: float) -> float:
         if self.max_epochs is None and self.max_steps is None:

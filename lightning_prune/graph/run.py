@@ -130,6 +130,10 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return one.layout == torch.strided and not one.is_meta and not torch.equal(one, other)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's mode, what a forward writes to and the random state are put back afterwards."""
@@ -144,7 +148,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, value, version in before:
-                if version is None or _version(tensor) != version:  # a backward that is to come may need it as it is
+                # A backward that is to come may need it as it is; batch norm's statistics change without being counted.
+                if version is None or _version(tensor) != version or _differ(tensor, value):
                     tensor.copy_(value)
         for module, mode in modes.items():
             module.training = mode

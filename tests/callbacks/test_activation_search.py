@@ -154,7 +154,75 @@ def test_trials_find_it_too() -> None:
         assert {name: str(change.after) for name, change in callback.plan_.activations.items()} == {name: "sine"}
         assert_same(seen, [(before, [{}])])  # trials leave weights and optimizer as they were
         assert left_hooks(trainer, module) == []
-        assert len(callback.history_) == 1 + 2 * 3
+        assert len(callback.history_) == 1 + 2 * 3 + 3  # its own, each at each place, each throughout
+
+
+@pytest.mark.parametrize("cost", [None, 0.5])
+def test_trials_cost_what_they_may(cost: float | None) -> None:
+    for make, name in ((Planted, "net.1"), (PlantedFunctions, "net.relu#0")):
+        module, callback = make(), quiet(ActivationSearch, CHOICES, mode="trial", trial_cost=cost)
+        trainer = fit(module, callback, max_epochs=20)
+        assert {name: str(change.after) for name, change in callback.plan_.activations.items()} == {name: "sine"}
+        assert 0.5 < callback.report_.steps / (trainer.global_step * (cost or 1.0)) <= 1.0
+        assert callback.report_.steps >= sum(run["steps"] for run in callback.report_.history)
+        assert callback.report_.loss < 0.5 * callback.report_.loss_without
+        assert f"short runs: {callback.report_.steps:,} steps" in str(callback.report_)
+
+
+def test_trials_are_made_at_the_rates_that_are_to_come() -> None:
+    """A warm-up starts at a rate of zero, at which nothing would be learned."""
+
+    class Warming(Planted):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 100, 1.0))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rise, "interval": "step"}}
+
+    callbacks = [quiet(ActivationSearch, CHOICES, mode="trial", trial_steps=steps) for steps in (0, None)]
+    for callback in callbacks:
+        fit(Warming(), callback, max_epochs=20)
+    untrained, trained = (min(run["loss"] for run in each.history_ if not run["choices"]) for each in callbacks)
+    assert trained < 0.9 * untrained
+
+
+def test_a_training_without_a_length_is_told_what_trials_need() -> None:
+    endless = functools.partial(Task, endless=True)
+    assert_refused(endless, [quiet(ActivationSearch, mode="trial")], {"max_epochs": 2}, "give trial_steps")
+    given = quiet(ActivationSearch, ("tanh", "relu"), mode="trial", trial_steps=1)
+    fit(seeded(endless), given, max_epochs=1)
+    assert given._done
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 1000}, {"max_epochs": -1}, {"max_epochs": -1, "max_steps": 4000}])
+def test_a_training_that_early_stopping_ends_is_not_taken_for_as_long_as_it_may_be(options: dict[str, Any]) -> None:
+    halt = Spy(on_train_epoch_end=lambda t, _: setattr(t, "should_stop", True))
+    callback = quiet(ActivationSearch, ("tanh", "relu"), mode="trial")
+    trainer = fit(seeded(lambda: Task(batches=2)), callback, halt, **options)
+    assert trainer.global_step == 2
+    assert 30 < callback.report_.steps <= 30 * 2
+    mixed = quiet(ActivationSearch, ("tanh", "relu"), search_until=10)
+    with pytest.warns(NoEffectWarning, match="training ended before the search did"):
+        fit(seeded(lambda: Task(batches=8)), mixed, halt, **options)
+    assert mixed.report_.steps <= 8
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_the_mixtures_weights_take_the_whole_search(several: int) -> None:
+    """Where they can move fast, what learns fast has won before the rest has begun to learn."""
+    module, callback = seeded(lambda: Task(conv_net(), shape=IMAGE, batches=50)), quiet(ActivationSearch)
+    updates: list[float] = []
+
+    def look(trainer: Any, module: Any) -> None:
+        if callback._fitting is not None:
+            updates.append(callback._fitting.adam.param_groups[0]["lr"])
+
+    options = {"max_steps": 300 // several, "accumulate_grad_batches": several, "limit_val_batches": 2}
+    fit(module, Spy(on_train_batch_start=look), callback, max_epochs=8, **options)
+    assert sum(updates) == pytest.approx(4, rel=0.02)
+    assert len(updates) == 149  # from the second batch to the middle of training
+    fixed = quiet(ActivationSearch, lr=0.3)
+    fit(seeded(Task), fixed, Spy(on_train_batch_start=lambda t, m: updates.append(fixed._rate)), max_epochs=2)
+    assert updates[-1] == 0.3
 
 
 def test_a_network_that_is_right_is_left_as_it_is() -> None:
@@ -259,7 +327,9 @@ def test_modules_of_every_make_end_plain(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["own forward", "modules", "functions", "batch norm", "two parts", "manual"])
-@pytest.mark.parametrize("options", [{}, {"held_out": 0}, {"threshold": True}, {"per": "model"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"held_out": 0}, {"threshold": True}, {"per": "model"}, {"trial_steps": None}], ids=str
+)
 def test_resume_equals_never_stopping(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     def callback() -> Any:
         return search(ALWAYS, lr=0.5, search_until=0.5, **options)
@@ -557,7 +627,7 @@ def test_processes_agree_to_the_bit(tmp_path: Path) -> None:
         first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert_same(first, second)
         assert first["state"]["done"]
-        assert bool(first["middle"]) == (name != "trial")
+        assert bool(first["middle"]) != name.startswith("trial")
         if first["middle"]:  # by then each weight has moved
             assert all(bool((leaf != 0).any()) for leaf in first["middle"][-1])
 
