@@ -24,13 +24,15 @@ from lightning_modules import (
     WithExampleArray,
     conv_net,
     fit,
+    mlp,
     neurons,
     optimizer_states,
     seeded,
     snapshot,
     weights,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_prune import NeuronPruning, WeightPruning
@@ -58,6 +60,23 @@ class Noisy(Task):
         return DataLoader(self.data, batch_size=self.batch_size, shuffle=True)
 
 
+class Routed(Task):
+    """Each process runs another head in a batch, and none of them runs all in its first one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(mlp(6, 12, 10), **options)
+        self.heads = nn.ModuleList(mlp(10, 8, 4) for _ in range(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        head = self.heads[(batch_idx + self.global_rank) % len(self.heads)]
+        return F.cross_entropy(head(self.net(batch[0])), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = sum(head(self.net(batch[0])) for head in self.heads)
+        accuracy = (logits.argmax(1) == batch[1]).to(logits.dtype).mean()
+        self.log_dict({"val_loss": F.cross_entropy(logits, batch[1]), "val_acc": accuracy}, sync_dist=True)
+
+
 @dataclass(frozen=True)
 class Case:
     """One training; ``same`` where one process with the whole batch must give the same weights."""
@@ -66,6 +85,7 @@ class Case:
     callbacks: Callable[[], list[Any]]
     options: dict[str, Any] = field(default_factory=dict)
     same: bool = True
+    strategy: str = "ddp"
 
     def run(self, *callbacks: Any, seed: int, batch_size: int, **options: Any) -> dict[str, Any]:
         """Train, and tell everything that the processes must agree on."""
@@ -114,6 +134,15 @@ CASES = {
     "batch norm": Case(
         lambda **o: Task(Residual(), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False
     ),
+    "routes": Case(
+        lambda **o: Routed(**o), lambda: [neurons(0.5)], same=False, strategy="ddp_find_unused_parameters_true"
+    ),
+    "routes at every step": Case(
+        lambda **o: Routed(**o),
+        lambda: [neurons(0.5, every=1, criterion="taylor")],
+        same=False,
+        strategy="ddp_find_unused_parameters_true",
+    ),
     "own random numbers": Case(
         lambda **o: Noisy(Residual(0.25), shape=IMAGE, **o), lambda: [neurons(0.5), weights(0.3)], same=False
     ),
@@ -128,7 +157,8 @@ def main(folder: Path) -> None:
     ddp = {"strategy": "ddp", "devices": 2}
     for name, case in CASES.items():
         # The launcher of the first fit starts the second process, which then comes here from the top.
-        result = case.run(Spy(on_fit_start=lambda t, _: torch.manual_seed(t.global_rank)), seed=0, batch_size=8, **ddp)
+        start = Spy(on_fit_start=lambda t, _: torch.manual_seed(t.global_rank))
+        result = case.run(start, seed=0, batch_size=8, **{**ddp, "strategy": case.strategy})
         torch.save(result, folder / f"{name}-{torch.distributed.get_rank()}.pt")
 
     halt = Spy(on_train_epoch_end=lambda t, _: setattr(t, "should_stop", t.current_epoch == 1))

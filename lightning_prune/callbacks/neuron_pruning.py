@@ -414,8 +414,8 @@ class NeuronPruning(StructureCallback):
         now = self.remove == "progressive" or _ends(trainer)
         if self._part > self._pruned or (now and self._masked is not None):
             assert self.groups_ is not None
-            last = trainer.is_last_batch or _ends(trainer)
-            if not self._pruned and not _check_ranks(trainer, self.groups_, complete=last):
+            complete = self._unseen is None or not self._unseen.paths or _ends(trainer)
+            if not self._pruned and not _check_ranks(trainer, self.groups_, complete):
                 return  # they have not run the same parts yet
             self._go(trainer, pl_module, amount, now)
 
