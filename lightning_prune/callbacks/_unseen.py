@@ -12,17 +12,24 @@ __all__ = ["Unseen"]
 
 
 class Unseen:
-    """Waits for training batches that run such parts: modules none of whose own parameters was read."""
+    """Waits for training batches that run such parts: modules none of whose own parameters was read.
+
+    Attributes:
+        known: Paths of the others.
+    """
 
     def __init__(self, model: nn.Module, unread: Collection[str], told: Callable[[str], None]) -> None:
         """Call ``told`` with the path of a part when it first runs in training; ``unread``: names of parameters."""
         self._model, self._told = model, told
+        self.known: set[str] = set()
         self._came: set[str] = set()
         self._parts: dict[str, list[str]] = {}
         self._handles: dict[str, RemovableHandle] = {}
         for path, module in model.named_modules():
             own = [f"{path}.{name}" for name, parameter in module._parameters.items() if parameter is not None]
-            if path and own and set(own).issubset(unread):
+            if path and own and not set(own).issubset(unread):
+                self.known.add(path)
+            elif path and own:
                 self._parts[path] = own
                 self._handles[path] = module.register_forward_pre_hook(self._before(path))
 
@@ -49,14 +56,13 @@ class Unseen:
         """Ids of their parameters."""
         return {id(self._model.get_parameter(name)) for own in self._parts.values() for name in own}
 
-    def know(self, unread: Collection[str]) -> list[str]:
-        """A batch was watched: wait no longer for those of which it has read a parameter; these."""
-        known = [path for path, own in self._parts.items() if not set(own).issubset(unread)]
-        for path in known:
+    def know(self, unread: Collection[str]) -> None:
+        """A batch was watched: wait no longer for those of which it has read a parameter."""
+        for path in [path for path, own in self._parts.items() if not set(own).issubset(unread)]:
             del self._parts[path]
             self._handles.pop(path).remove()
             self._came.discard(path)
-        return known
+            self.known.add(path)
 
     def close(self) -> None:
         """Wait no longer."""

@@ -339,9 +339,10 @@ class NeuronPruning(StructureCallback):
                 self._recent.close()
             self._recent = RecentCalls(pl_module, trace.calls, self._keep)
             self._recent.batches.extend(earlier)
-        if self._unseen is None:
-            self._unseen = Unseen(pl_module, tracer.unread, self._has_come)
-        self._parts = sorted({*self._parts, *self._unseen.know(tracer.unread)})
+        self._unseen = self._unseen or Unseen(pl_module, tracer.unread, self._has_come)
+        self._unseen.know(tracer.unread)
+        if self._parts or self._unseen.paths:
+            self._parts = sorted({*self._parts, *self._unseen.known})
         return tuple(trace.calls)
 
     def _forget_trace(self) -> None:
