@@ -495,7 +495,8 @@ class SizeChecker(TorchFunctionMode):
     Attributes:
         stack: The modules of the model that runs.
         expected: The sizes that calls should ask for, by place.
-        free: Places that no removal changes: what the forward asks for there, such as a number of boxes, is right.
+        free: Places that no removal changes. Where the forward asks for something else there, as for a number of boxes,
+            that is tried too.
         varying: Places whose size may be a multiple of the batch, or of an image's size: torch infers it, where it can.
         asked: What the forward asked for in each call that it made, by place.
         ranks: How many sizes that was, and of how many dimensions.
@@ -536,14 +537,23 @@ class SizeChecker(TorchFunctionMode):
                         found = kind.picked(args, kwargs).get(at)
                         given[at] = () if found is None else tuple(found[1].tolist())
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
-                if not kind.together:
-                    wrong = {at: size for at, size in wrong.items() if (site, at) not in self.free}
+                needed = {at: size for at, size in wrong.items() if (site, at) not in self.free}
                 if kind.together and (wrong or len(given) != len(expected)):
                     wrong = dict(expected)
                 if kind.infers and wrong and -1 not in given.values():
                     left = wrong if len(wrong) == 1 else [at for at in wrong if (site, at) in self.varying]
                     if len(left) == 1:
                         wrong |= dict.fromkeys(left, -1)
+                if wrong and not kind.together and len(needed) < len(wrong):
+                    # Was what stays calculated from what goes, or is it another number by itself, of boxes, say?
+                    changed = kind.write(func, args, kwargs, wrong)
+                    try:
+                        result = changed[0](*changed[1], **changed[2])
+                    except RuntimeError:
+                        wrong = needed
+                    else:
+                        self.wrong.setdefault(site, {}).update(wrong)
+                        return result
                 if wrong:
                     self.wrong.setdefault(site, {}).update(wrong)
                     func, args, kwargs = kind.write(func, args, kwargs, wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -416,12 +417,18 @@ def _attempt(
         _attempt(model, groups, rest, (), verify, calls, explain=explain)[1].undo()
     with no_collection(), undisturbed(model), plain_encoders():
         model.eval()
-        check = _Check.of(masked, groups, calls, compare=verify and not mixed)
+        seen = SizeChecker(ModuleStack(model), {})
+        with ExitStack() as watching:
+            if groups.data_dependent or any(call.shapes is None for call in groups.calls):
+                # Traced in training mode, say: other numbers of rows than those of the trace may be right now.
+                watching.enter_context(seen.stack.watch())
+                watching.enter_context(seen)
+            check = _Check.of(masked, groups, calls, compare=verify and not mixed)
         change = shrink(model, kept, optimizers, counts=counts, numbers=_numbers(model, groups, alive, kept, tensors))
         change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
             with undisturbed(model):
-                patches = check.passes(model, groups, alive)
+                patches = check.passes(model, groups, alive, seen.asked)
         except BaseException as error:
             numbers = numbers_of(model, check.calls) if explain and isinstance(error, OutputsDifferError) else None
             change.undo()
@@ -492,13 +499,15 @@ class _Check:
             return cls(calls, [None] * len(calls))
         return _on_smaller_images(masked, groups, calls) or cls(*_run_masked(masked, calls))
 
-    def passes(self, model: nn.Module, groups: Groups, alive: Tensor) -> list[SizePatch]:
-        """After the removal: the sized calls that had to be patched.
+    def passes(
+        self, model: nn.Module, groups: Groups, alive: Tensor, asked: Mapping[CallSite, Mapping[int, Any]]
+    ) -> list[SizePatch]:
+        """After the removal: the sized calls that had to be patched; ``asked``: sizes in the whole model's calls.
 
         Raises:
             SurgeryError: The outputs differ where they must not.
         """
-        patches, actual = _patch_sizes(model, groups, alive, self.calls)
+        patches, actual = _patch_sizes(model, groups, alive, self.calls, asked)
         if patches:
             actual = run_calls(model, self.calls)
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
@@ -670,7 +679,11 @@ def _random_states(model: nn.Module) -> list[Tensor]:
 
 
 def _patch_sizes(
-    model: nn.Module, groups: Groups, alive: Tensor, calls: Sequence[ModuleCall]
+    model: nn.Module,
+    groups: Groups,
+    alive: Tensor,
+    calls: Sequence[ModuleCall],
+    asked: Mapping[CallSite, Mapping[int, Any]],
 ) -> tuple[list[SizePatch], list[Any]]:
     """Find the sized calls that still ask for the old size and make them follow; also the outputs of the run.
 
@@ -689,6 +702,10 @@ def _patch_sizes(
         for place, extent in groups.sized.items()
         if extent.fixed and place not in installed and place[0].function != "pad"  # what is missing to a width grows
     }
+    for site, dim in free:
+        size = asked.get(site, {}).get(dim)
+        if type(size) is int and size >= 0 and dim in sizes.get(site, {}):
+            sizes[site][dim] = size
     varying = {place for place, extent in groups.sized.items() if extent.repeats}
     checker = SizeChecker(stack, sizes, free, varying)
     with stack.watch(), checker:

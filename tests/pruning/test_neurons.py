@@ -815,3 +815,15 @@ def test_a_model_that_is_random_in_evaluation_mode_is_pruned_unchecked() -> None
         prune_neurons(model, x, 0.5)
     assert model.first.out_features == model.second.in_features == 4
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_head_size_that_a_forward_calculates_from_a_width_stays() -> None:
+    """``view(windows, tokens, 3, heads, width // heads)``: the last of these is right only in the whole model."""
+    swin = pytest.importorskip("torchvision").models.SwinTransformer(
+        patch_size=[2, 2], embed_dim=16, depths=[2, 1], num_heads=[4, 4], window_size=[2, 2], num_classes=3
+    )
+    model = build(lambda: swin)
+    plan = prune_neurons(model, inputs((3, 16, 16)), 0.5, scope="layer")
+    assert not [reason for reason in plan.frozen.values() if "fails" in reason]
+    assert len(plan.kept["features.1.0.attn.qkv.weight"][0]) == 3 * 2 * 4
+    assert model(inputs((3, 16, 16))).shape == (2, 3)
