@@ -823,7 +823,7 @@ def test_a_head_size_that_a_forward_calculates_from_a_width_stays() -> None:
         patch_size=[2, 2], embed_dim=16, depths=[2, 1], num_heads=[4, 4], window_size=[2, 2], num_classes=3
     )
     model = build(lambda: swin)
-    plan = prune_neurons(model, inputs((3, 16, 16)), 0.5, scope="layer")
+    plan = prune_neurons(model, inputs((3, 16, 16)), 0.5, include="*.attn.qkv", scope="layer")
     assert not [reason for reason in plan.frozen.values() if "fails" in reason]
     assert len(plan.kept["features.1.0.attn.qkv.weight"][0]) == 3 * 2 * 4
     assert model(inputs((3, 16, 16))).shape == (2, 3)
