@@ -825,5 +825,6 @@ def test_a_head_size_that_a_forward_calculates_from_a_width_stays() -> None:
     model = build(lambda: swin)
     plan = prune_neurons(model, inputs((3, 16, 16)), 0.5, include="*.attn.qkv", scope="layer")
     assert not [reason for reason in plan.frozen.values() if "fails" in reason]
+    assert swin.features[1][0].attn.num_heads == 2
     assert len(plan.kept["features.1.0.attn.qkv.weight"][0]) == 3 * 2 * 4
     assert model(inputs((3, 16, 16))).shape == (2, 3)
