@@ -195,6 +195,11 @@ class NeuronPruning(StructureCallback):
             self._recent.close()
             self._recent = None
 
+    def _renewed(self) -> None:
+        self._outdated(Plan({}, {}), 1.0)
+        self._masked, self._held = None, None
+        self._judge.forget()
+
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
         if self._held is not None:
@@ -486,16 +491,17 @@ class NeuronPruning(StructureCallback):
             add = partial(trainer.strategy.reduce, reduce_op="sum")
             return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
 
-        plan, groups, alive, changes = remove_chosen(
-            pl_module,
-            self.groups_,
-            choose,
-            optimizers=trainer.optimizers if now else (),
-            verify=self.verify,
-            repair=repair,
-            keep=now,
-            refused=self._refused.append,
-        )
+        with self._referred(trainer, pl_module):
+            plan, groups, alive, changes = remove_chosen(
+                pl_module,
+                drawn,
+                choose,
+                optimizers=trainer.optimizers if now else (),
+                verify=self.verify,
+                repair=repair,
+                keep=now,
+                refused=self._refused.append,
+            )
         self._judge.forget()
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, groups)
