@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks._base import ConfigurationError, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
+from lightning_prune.callbacks._interrupts import waiting_interrupts
 from lightning_prune.callbacks._recent import RecentCalls
 from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.callbacks._structure import StructureCallback
@@ -540,7 +541,8 @@ class NeuronPruning(StructureCallback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Remove what is still masked, if training ended before its time; then say what was gained."""
         if self._masked is not None and not bool(self._masked.all()):
-            self._go(trainer, pl_module, self.amount_, True)
+            with waiting_interrupts():
+                self._go(trainer, pl_module, self.amount_, True)
         super().on_train_end(trainer, pl_module)
 
     def _traced_macs(self) -> tuple[int, int] | None:
