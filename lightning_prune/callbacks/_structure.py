@@ -61,7 +61,7 @@ class StructureCallback(PruningCallback):
         self.plan_ = Plan({}, {})
         self._acted = False
         self._loaded = False
-        self._training = False
+        self._current: dict[str, Tensor] | None = None
         self._macs_left = 1.0
         self._state_hooks: list[RemovableHandle] = []
 
@@ -125,7 +125,7 @@ class StructureCallback(PruningCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """From now on optimizers hold the parameters."""
         super().on_train_start(trainer, pl_module)
-        self._training = True
+        self._current = named_tensors(pl_module)
 
     def _settle(self, trainer: Any, pl_module: Any) -> None:
         ours = structure_callbacks(trainer)
@@ -154,6 +154,7 @@ class StructureCallback(PruningCallback):
             pl_module.pruning_plan = total
         for callback in structure_callbacks(trainer):
             callback.plan_, callback._macs_left = total, left
+            callback._current = named_tensors(pl_module)
             if callback is not self:
                 callback._outdated(plan, macs)
         for other in pruning_callbacks(trainer):
@@ -174,6 +175,7 @@ class StructureCallback(PruningCallback):
             renew(optimizer, new)
         _wrap_again(trainer, pl_module)
         for callback in structure_callbacks(trainer):
+            callback._current = named_tensors(pl_module)
             callback._renewed()
             callback._follow_removal(trainer, pl_module, Plan({}, {}))
         rank_zero_warn(
@@ -191,7 +193,7 @@ class StructureCallback(PruningCallback):
         for hook in self._state_hooks:
             hook.remove()
         self._state_hooks = []
-        self._loaded, self._training = False, False
+        self._loaded, self._current = False, None
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
@@ -257,12 +259,11 @@ class StructureCallback(PruningCallback):
         # A model that has lost more fits a smaller plan too.
         if plan != now if now else not plan.made(module):
             masking = [other for other in pruning_callbacks(trainer) if not isinstance(other, StructureCallback)]
-            if self._training and masking:
+            if self._current is not None and masking:
                 raise PruningError(
                     "this state dict is of another architecture than the module has now, and the masks of "
                     f"{type(masking[0]).__name__} can't follow it: load it after fit"
                 )
-            held = named_tensors(module)
             dense = now.dense_shapes(module)
             if described:
                 # What torch tells hooks is True whatever load_state_dict was given.
@@ -277,8 +278,8 @@ class StructureCallback(PruningCallback):
                 except PruningError as error:
                     hint = ". A deepcopy of a state dict still tells its architecture, a new dict doesn't"
                     raise PruningError(f"{error}{hint if now else ''}") from None
-                if self._training:
-                    self._renew(trainer, module, held)
+                if self._current is not None:
+                    self._renew(trainer, module, self._current)
                 return
             for copy in copies:
                 if now.made(copy):
@@ -287,10 +288,11 @@ class StructureCallback(PruningCallback):
             if now:
                 now.take_back(module)
             plan.apply(module)
-            if self._training:
-                self._renew(trainer, module, held)
         elif plan == now:
             plan = now
+        # A `Prunable` module has already reshaped itself.
+        if self._current is not None and _replacements(self._current, module):
+            self._renew(trainer, module, self._current)
         for callback in structure_callbacks(trainer):
             callback.plan_, callback._macs_left = plan, described.get("macs_left", 1.0)
             state = _state_of(callback, described.get("callbacks", {}))

@@ -12,13 +12,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import LIGHTNING_WARNINGS, Task, fit, left_hooks, mlp, seeded
 from torch import Tensor
 
-from lightning_prune import NeuronPruning, PruningError, WeightPruning
+from lightning_prune import NeuronPruning, Prunable, PruningError, WeightPruning
 
 pytestmark = [*LIGHTNING_WARNINGS]
 
 
 def net(**options: Any) -> Task:
     return Task(mlp(6, 16, 12, 4), batches=4, **options)
+
+
+class PrunableTask(Prunable, Task):
+    """Gives itself the architecture of a state dict."""
 
 
 class Pair(NamedTuple):
@@ -153,14 +157,15 @@ class Rewind(Callback):
 
 @pytest.mark.filterwarnings("ignore:a state dict of another architecture was loaded while training")
 @pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("cls", [Task, PrunableTask])
 @pytest.mark.parametrize(
     "options",
     [{}, {"remove": "end"}, {"criterion": "taylor"}, {"criterion": "activation"}, {"recalibrate": 2}, {"every": 3}],
     ids=str,
 )
-def test_going_back_to_a_larger_network_in_training(options: dict[str, Any], ours_first: bool) -> None:
+def test_going_back_to_a_larger_network_in_training(options: dict[str, Any], cls: Any, ours_first: bool) -> None:
     rewind, pruning = Rewind(0, 2), NeuronPruning(0.5, end=1.0, report=False, **options)
-    module = seeded(net)
+    module = seeded(lambda: cls(mlp(6, 16, 12, 4), batches=4))
     trainer = fit(module, *((pruning, rewind) if ours_first else (rewind, pruning)), max_epochs=5)
     assert rewind.sizes[2] == rewind.sizes[0]
     assert 12 < sum(layer.out_features for layer in (module.net[0], module.net[2])) <= 14
