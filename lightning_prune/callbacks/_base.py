@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune._lightning import accept_both_lightnings
 from lightning_prune.callbacks._clock import Clock, Point, check_every, check_window
 from lightning_prune.callbacks._files import check_files, check_no_files
+from lightning_prune.callbacks._interrupts import waiting_interrupts
 from lightning_prune.callbacks._loggers import log_figures, log_scalars
 from lightning_prune.callbacks._reporting import Reporting
 from lightning_prune.errors import NoEffectWarning, PruningError
@@ -52,8 +53,9 @@ def pruning_callbacks(trainer: Any) -> list[PruningCallback]:
 
 def _close_watches(trainer: Any) -> None:
     """Stop observing, the last one first: the modes that observe lie on a stack."""
-    for callback in reversed(pruning_callbacks(trainer)):
-        callback._watching.close()
+    with waiting_interrupts():
+        for callback in reversed(pruning_callbacks(trainer)):
+            callback._watching.close()
 
 
 def averaged_copies(trainer: Any) -> list[nn.Module]:
@@ -258,7 +260,8 @@ class PruningCallback(Reporting[Report], Callback):
         """Observe the first batch that runs the model: its parts, and their inputs."""
         if (self._calls is None or self._look_again(trainer)) and self._stack is None:
             self._stack = ModuleStack(pl_module)
-            self._watching.enter_context(self._watch(trainer, pl_module))
+            with waiting_interrupts():
+                self._watching.enter_context(self._watch(trainer, pl_module))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """The first batch's forward is over; manual optimization may still run other parts of the model."""
@@ -287,6 +290,10 @@ class PruningCallback(Reporting[Report], Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
+        with waiting_interrupts():
+            self._end_batch(trainer, pl_module, batch_idx)
+
+    def _end_batch(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         ours = pruning_callbacks(trainer)
         for callback in ours:  # before any of them changes what they have seen
             callback._end_watch(trainer, pl_module)
@@ -459,13 +466,15 @@ class PruningCallback(Reporting[Report], Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing of ours in the model."""
-        self._drop_watch(trainer)
-        self._release()
-        self._calls, self._measured = None, None
+        with waiting_interrupts():
+            self._drop_watch(trainer)
+            self._release()
+            self._calls, self._measured = None, None
         check_no_files(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing of ours in the model."""
-        self._drop_watch(trainer)
-        self._release()
+        with waiting_interrupts():
+            self._drop_watch(trainer)
+            self._release()
         check_no_files(trainer)

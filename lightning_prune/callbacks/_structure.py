@@ -16,8 +16,10 @@ from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.observe import Observer, Use, rescaled
-from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
 from lightning_prune.pruning.budget import Budget, listed
+from lightning_prune.pruning.change import Change, refer
+from lightning_prune.pruning.optimizers import renew
 from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import METADATA, Prunable, check_dense, structure_state
@@ -59,6 +61,7 @@ class StructureCallback(PruningCallback):
         self.plan_ = Plan({}, {})
         self._acted = False
         self._loaded = False
+        self._current: dict[str, Tensor] | None = None
         self._macs_left = 1.0
         self._state_hooks: list[RemovableHandle] = []
 
@@ -73,6 +76,9 @@ class StructureCallback(PruningCallback):
 
     def _outdated(self, plan: Plan, macs: float) -> None:
         """Another callback has changed the architecture; ``macs`` is the part of the MACs that is left."""
+
+    def _renewed(self) -> None:
+        """A state dict of another architecture was loaded while training; what it tells of this callback comes next."""
 
     # -- setup ----------------------------------------------------------------------------------------------
 
@@ -116,6 +122,11 @@ class StructureCallback(PruningCallback):
             pl_module.pruning_plan = self.plan_
         install_patches(pl_module, self.plan_.live_patches)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """From now on optimizers hold the parameters."""
+        super().on_train_start(trainer, pl_module)
+        self._current = named_tensors(pl_module)
+
     def _settle(self, trainer: Any, pl_module: Any) -> None:
         ours = structure_callbacks(trainer)
         if self is ours[-1]:
@@ -137,19 +148,40 @@ class StructureCallback(PruningCallback):
         self._acted = True
         for copy in averaged_copies(trainer):
             Plan.from_dict(plan.to_dict()).apply(copy)
-        strategy = trainer.strategy
-        if hasattr(strategy, "configure_ddp"):  # DDP's buckets hold the old parameters
-            strategy.model = pl_module
-            strategy.configure_ddp()
+        _wrap_again(trainer, pl_module)
         total, left = self.plan_.then(plan), self._macs_left * macs
         if isinstance(pl_module, Prunable):
             pl_module.pruning_plan = total
         for callback in structure_callbacks(trainer):
             callback.plan_, callback._macs_left = total, left
+            callback._current = named_tensors(pl_module)
             if callback is not self:
                 callback._outdated(plan, macs)
         for other in pruning_callbacks(trainer):
             other._follow_removal(trainer, pl_module, plan)
+
+    @contextmanager
+    def _referred(self, trainer: Any, pl_module: Any) -> Iterator[None]:
+        """What the user's callbacks hold of the parameters that are replaced inside follows."""
+        before = named_tensors(pl_module)
+        yield
+        _tell_callbacks(trainer, _replacements(before, pl_module))
+
+    def _renew(self, trainer: Any, pl_module: Any, before: Mapping[str, Tensor]) -> None:
+        """A state dict of another architecture is loaded in the middle of training: what follows goes on with it."""
+        new = _replacements(before, pl_module)
+        _tell_callbacks(trainer, new)
+        for optimizer in trainer.optimizers:
+            renew(optimizer, new)
+        _wrap_again(trainer, pl_module)
+        for callback in structure_callbacks(trainer):
+            callback._current = named_tensors(pl_module)
+            callback._renewed()
+            callback._follow_removal(trainer, pl_module, Plan({}, {}))
+        rank_zero_warn(
+            "a state dict of another architecture was loaded while training: the optimizer state of the parameters "
+            "whose shape has changed starts anew"
+        )
 
     def _plan(self) -> Plan:
         return self.plan_
@@ -161,7 +193,7 @@ class StructureCallback(PruningCallback):
         for hook in self._state_hooks:
             hook.remove()
         self._state_hooks = []
-        self._loaded = False
+        self._loaded, self._current = False, None
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
@@ -226,14 +258,28 @@ class StructureCallback(PruningCallback):
         copies = [copy for copy in averaged_copies(trainer) if copy is not module]
         # A model that has lost more fits a smaller plan too.
         if plan != now if now else not plan.made(module):
+            masking = [other for other in pruning_callbacks(trainer) if not isinstance(other, StructureCallback)]
+            if self._current is not None and masking:
+                raise PruningError(
+                    "this state dict is of another architecture than the module has now, and the masks of "
+                    f"{type(masking[0]).__name__} can't follow it: load it after fit"
+                )
             dense = now.dense_shapes(module)
             if described:
+                # What torch tells hooks is True whatever load_state_dict was given.
+                strict = getattr(module, "strict_loading", True)
                 _check_plan(plan, dense, module, {k.removeprefix(prefix): v for k, v in state_dict.items()}, strict)
             else:
                 loaded = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
                 shapes = {name: list(t.shape) for name, t in loaded.items() if isinstance(t, Tensor)}
-                for each in (module, *copies):
-                    fit_shapes(each, shapes)
+                try:
+                    for each in (module, *copies):
+                        fit_shapes(each, shapes)
+                except PruningError as error:
+                    hint = ". A deepcopy of a state dict still tells its architecture, a new dict doesn't"
+                    raise PruningError(f"{error}{hint if now else ''}") from None
+                if self._current is not None:
+                    self._renew(trainer, module, self._current)
                 return
             for copy in copies:
                 if now.made(copy):
@@ -244,11 +290,34 @@ class StructureCallback(PruningCallback):
             plan.apply(module)
         elif plan == now:
             plan = now
+        # A `Prunable` module has already reshaped itself.
+        if self._current is not None and _replacements(self._current, module):
+            self._renew(trainer, module, self._current)
         for callback in structure_callbacks(trainer):
             callback.plan_, callback._macs_left = plan, described.get("macs_left", 1.0)
             state = _state_of(callback, described.get("callbacks", {}))
             if state is not None:
                 callback.load_state_dict(state)
+
+
+def _replacements(before: Mapping[str, Tensor], module: nn.Module) -> dict[int, Tensor]:
+    """Id of each tensor that a module held before -> the other one that it holds in its place now."""
+    after = named_tensors(module)
+    return {id(t): after[name] for name, t in before.items() if name in after and after[name] is not t}
+
+
+def _tell_callbacks(trainer: Any, new: Mapping[int, Tensor]) -> None:
+    """The user's callbacks hold the module's tensors as they are now."""
+    for callback in trainer.callbacks if new else ():
+        if not isinstance(callback, PruningCallback):
+            refer(vars(callback), new, Change())
+
+
+def _wrap_again(trainer: Any, pl_module: Any) -> None:
+    """DDP's buckets hold the old parameters."""
+    if hasattr(trainer.strategy, "configure_ddp"):
+        trainer.strategy.model = pl_module
+        trainer.strategy.configure_ddp()
 
 
 def _described_elsewhere(trainer: Any, state_dict: Any) -> dict[str, Any]:
@@ -268,8 +337,6 @@ def _check_plan(
 ) -> None:
     """Raise a PruningError unless a plan fits a module's dense shapes, and leads to the tensors of a state dict."""
     check_dense(plan, dense, type(module).__name__)
-    if not strict:
-        return
     for name, before in dense.items():
         dims = plan.kept.get(name, {})
         shape = [len(dims.get(dim, range(size))) for dim, size in enumerate(before)]
@@ -280,7 +347,7 @@ def _check_plan(
                 f"leads to {tuple(shape)}"
             )
     missing = [name for name in _persistent(module) if name not in state and not inside(name, plan.removed)]
-    if missing:
+    if missing and strict:
         raise PruningError(f"the checkpoint is damaged, or of another model: it lacks {missing[0]!r}")
 
 
@@ -388,6 +455,9 @@ class ObservingCallback(StructureCallback):
         # Kernels and layers that go leave all shapes as they are, neurons don't.
         self._lost_neurons = self._lost_neurons or any(dim < 2 for dims in plan.kept.values() for dim in dims)
 
+    def _renewed(self) -> None:
+        self._observed, self._met, self._said = None, False, False
+
     def _budget(self, pl_module: Any) -> Budget:
         """What is left, and what there would be without this callback; MACs are those of the observed batch."""
         assert self._observed is not None
@@ -417,7 +487,8 @@ class ObservingCallback(StructureCallback):
             if self._lost_neurons:
                 uses = self._seen_again(pl_module, uses)
             params = sum(p.numel() for p in pl_module.parameters())
-            plan, saved = self._change(trainer, pl_module, uses, amount, budget)
+            with self._referred(trainer, pl_module):
+                plan, saved = self._change(trainer, pl_module, uses, amount, budget)
             if plan:
                 macs = observed.macs * self._macs_left / self._at_observation
                 left = float(trainer.strategy.broadcast(1 - saved / macs if macs else 1.0))

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks._base import ConfigurationError, averaged_copies, pruning_callbacks
 from lightning_prune.callbacks._clock import Point
+from lightning_prune.callbacks._interrupts import waiting_interrupts
 from lightning_prune.callbacks._recent import RecentCalls
 from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.callbacks._structure import StructureCallback
@@ -194,6 +195,11 @@ class NeuronPruning(StructureCallback):
         if self._recent is not None:
             self._recent.close()
             self._recent = None
+
+    def _renewed(self) -> None:
+        self._outdated(Plan({}, {}), 1.0)
+        self._masked, self._held = None, None
+        self._judge.forget()
 
     def _follow_removal(self, trainer: Any, pl_module: Any, plan: Plan) -> None:
         super()._follow_removal(trainer, pl_module, plan)
@@ -486,16 +492,17 @@ class NeuronPruning(StructureCallback):
             add = partial(trainer.strategy.reduce, reduce_op="sum")
             return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
 
-        plan, groups, alive, changes = remove_chosen(
-            pl_module,
-            self.groups_,
-            choose,
-            optimizers=trainer.optimizers if now else (),
-            verify=self.verify,
-            repair=repair,
-            keep=now,
-            refused=self._refused.append,
-        )
+        with self._referred(trainer, pl_module):
+            plan, groups, alive, changes = remove_chosen(
+                pl_module,
+                drawn,
+                choose,
+                optimizers=trainer.optimizers if now else (),
+                verify=self.verify,
+                repair=repair,
+                keep=now,
+                refused=self._refused.append,
+            )
         self._judge.forget()
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, groups)
@@ -534,7 +541,8 @@ class NeuronPruning(StructureCallback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Remove what is still masked, if training ended before its time; then say what was gained."""
         if self._masked is not None and not bool(self._masked.all()):
-            self._go(trainer, pl_module, self.amount_, True)
+            with waiting_interrupts():
+                self._go(trainer, pl_module, self.amount_, True)
         super().on_train_end(trainer, pl_module)
 
     def _traced_macs(self) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ gives the one module an instance-level ``forward`` that rewrites it, every other
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -730,7 +731,7 @@ class CallRecorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             if func in _SHAPED_LIKE:
                 self.listener.shaped_like(result, args[1] if len(args) > 1 else kwargs["other"])
-            if func in _SIZE_READERS:
+            if func in _SIZE_READERS and sys._getframe(1).f_code is not _PICKLES:
                 return self.listener.size_read(args[0], result, (*args[1:], *kwargs.values()))
             return result
         kind, site = SIZED_FUNCTIONS[name], self.stack.site(name)
@@ -742,6 +743,9 @@ class CallRecorder(TorchFunctionMode):
 
 _SIZE_READERS = (Tensor.size, Tensor.shape.__get__, Tensor.numel, Tensor.nelement, torch.numel)  # type: ignore[attr-defined]
 
+
+_PICKLES = Tensor._reduce_ex_internal.__code__
+"""What reads sizes in order to write them to a file, where plain numbers belong."""
 
 _SHAPED_LIKE = (Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Attributes", "Change", "Indices", "Replaced", "Undo", "Value", "setter", "take"]
+__all__ = ["Attributes", "Change", "Indices", "Replaced", "Undo", "Value", "refer", "setter", "take"]
 
 Indices = Sequence[int] | Tensor
 Undo = Callable[[], None]
@@ -41,6 +42,46 @@ def setter(target: Any, key: Any, value: Any) -> Undo:
         target[key] = value
 
     return put_back
+
+
+def refer(value: Any, new: Mapping[int, Tensor], change: Change) -> Any:
+    """What stands in the place of a value that may be, or hold, tensors for which there are new ones.
+
+    Lists, dictionaries and sets are changed in place, for others may hold them too; tuples are made anew.
+
+    Args:
+        value: A tensor, a container, or anything else; other objects are not looked into.
+        new: Id of a tensor -> the one that takes its place.
+        change: Takes down what was done.
+    """
+    return _refer(value, new, change, set())
+
+
+def _refer(value: Any, new: Mapping[int, Tensor], change: Change, seen: set[int]) -> Any:
+    if isinstance(value, Tensor):
+        return new.get(id(value), value)
+    if not isinstance(value, (list, tuple, dict, set)) or id(value) in seen:
+        return value
+    if not isinstance(value, tuple):
+        seen.add(id(value))  # it may hold itself
+    whole = list(value.items()) if isinstance(value, dict) else list(value)
+    parts = [_refer(part, new, change, seen) for part in whole]
+    if all(part is before for part, before in zip(parts, whole, strict=True)):
+        return value
+    if isinstance(value, tuple):
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    change.steps.append(partial(_fill, value, whole))
+    _fill(value, parts)
+    return value
+
+
+def _fill(container: Any, parts: list[Any]) -> None:
+    if isinstance(container, list):
+        container[:] = parts
+        return
+    if isinstance(container, set) or any(key not in container for key, _ in parts):  # else they stay in their places
+        container.clear()
+    container.update(parts)
 
 
 def take(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:

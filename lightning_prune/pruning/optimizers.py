@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_prune.pruning.change import Change, Replaced, setter, take
+from lightning_prune.pruning.change import Change, Replaced, refer, setter, take
 
-__all__ = ["follow", "forget", "with_inner"]
+__all__ = ["follow", "forget", "renew", "with_inner"]
 
 _OWN = ("state", "param_groups", "defaults")
 _ROWS, _COLUMNS = ("_row", "row_var"), ("_col", "col_var")
@@ -67,6 +67,20 @@ def forget(optimizer: Optimizer, gone: Collection[int], change: Change) -> None:
             change.steps.append(setter(each.state, parameter, each.state[parameter]))
             del each.state[parameter]
         _rewrite_beside(each, groups, lambda p, held: None if id(p) in gone else held, change)
+        if isinstance(each, LBFGS):
+            _restart(each, change)
+
+
+def renew(optimizer: Optimizer, new: Mapping[int, Tensor]) -> None:
+    """Make an optimizer, and those inside, hold other parameters, by id, in place of some; their state starts anew."""
+    change = Change()
+    for each in with_inner(optimizer):
+        if not any(id(p) in new for group in each.param_groups for p in group["params"]):
+            continue
+        _rewrite_groups(each, lambda p: new.get(id(p), p), change)
+        for parameter in [p for p in each.state if id(p) in new]:
+            del each.state[parameter]
+        refer({key: value for key, value in each.__dict__.items() if key not in _OWN}, new, change)
         if isinstance(each, LBFGS):
             _restart(each, change)
 

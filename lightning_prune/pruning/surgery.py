@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import named_tensors
 from lightning_prune.pruning.attention import NarrowAttention, install_narrow_attention, remove_narrow_attention
-from lightning_prune.pruning.change import Attributes, Change, Indices, Replaced, Undo, Value, setter, take
+from lightning_prune.pruning.change import Attributes, Change, Indices, Replaced, Undo, Value, refer, setter, take
 from lightning_prune.pruning.optimizers import follow
 
 __all__ = [
@@ -123,12 +123,16 @@ def _replace(
                 change.steps.append(setter(registry, key, tensor))
                 registry[key] = replaced[id(tensor)][1]
                 touched = True
+    new = {key: entry[1] for key, entry in replaced.items()}
     for key, value in before.items():
-        if isinstance(value, Tensor):  # what old-style weight_norm computes anew in each forward
+        if key in ("_parameters", "_buffers"):
+            continue
+        if isinstance(value, Tensor):  # also what old-style weight_norm computes anew in each forward
             change.steps.append(setter(module.__dict__, key, value))
-        elif key == "_flat_weights" or (isinstance(value, list) and any(id(item) in replaced for item in value)):
+        current = refer(list(value) if key == "_flat_weights" else value, new, change)
+        if current is not value:
             change.steps.append(setter(module.__dict__, key, value))
-            module.__dict__[key] = [replaced[id(item)][1] if id(item) in replaced else item for item in value]
+            module.__dict__[key] = current
     if touched and isinstance(module, nn.RNNBase):  # its list may hold what a functional call has put there
         module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
     if numbers and not isinstance(module, nn.MultiheadAttention):  # what this one holds follows from its weights
@@ -199,11 +203,17 @@ def _shrunk(old: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     new = nn.Parameter(data, requires_grad=old.requires_grad)
     if old.grad is not None:
         new.grad = take(old.grad, dims)
+    return _stand_in(new, old)
+
+
+def _stand_in(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+    """Give a parameter what users have put on the one whose place it takes."""
     new.__dict__.update(old.__dict__)
-    for hook in (getattr(old, "_backward_hooks", None) or {}).values():
-        new.register_hook(hook)
-    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-        new.register_post_accumulate_grad_hook(hook)
+    # The very dictionaries: a handle that the user has kept takes its hook out of them.
+    if old._backward_hooks:
+        new._backward_hooks = old._backward_hooks
+    if old._post_accumulate_grad_hooks:
+        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
     return new
 
 
@@ -338,7 +348,9 @@ def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: A
         if id(old) not in larger:
             data = old.new_zeros(tuple(shape))
             data[tuple(slice(size) for size in old.shape)] = old.detach()
-            larger[id(old)] = nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
+            larger[id(old)] = data
+            if isinstance(old, nn.Parameter):
+                larger[id(old)] = _stand_in(nn.Parameter(data, old.requires_grad), old)
     for path, module in model.named_modules():
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
@@ -347,7 +359,7 @@ def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: A
         for attribute, (before, _) in attributes.get(path, {}).items():
             module.__dict__[attribute] = before
         for key, value in list(module.__dict__.items()):
-            if isinstance(value, list) and any(id(item) in larger for item in value):
-                module.__dict__[key] = [larger.get(id(item), item) for item in value]
+            if key not in ("_parameters", "_buffers"):
+                module.__dict__[key] = refer(value, larger, Change())
         if isinstance(module, nn.MultiheadAttention):
             remove_narrow_attention(module)
