@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning_modules  # noqa: F401  (it leaves the process group at the end)
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
