@@ -69,15 +69,16 @@ class Fitting:
             "all_sites": self.sites.to_dict(),
             "mixture": self.mixture.state_dict(),
             "adam": self.adam.state_dict(),
+            "updates": self.updates,
         }
 
     @classmethod
-    def from_state(cls, pl_module: Any, state: Mapping[str, Any], options: MixtureOptions, updates: int) -> Fitting:
+    def from_state(cls, pl_module: Any, state: Mapping[str, Any], options: MixtureOptions) -> Fitting:
         """Go on from what gave a `state_dict`."""
         sites = Sites.from_dict(state["all_sites"])
         fitting = cls(pl_module, sites, Mixture.from_state(sites, state["mixture"], pl_module.device), options)
         fitting.adam.load_state_dict(state["adam"])
-        fitting.updates = updates
+        fitting.updates = state["updates"]
         return fitting
 
     def progress(self, done: float) -> None:

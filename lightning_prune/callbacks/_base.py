@@ -111,6 +111,8 @@ class PruningCallback(Reporting[Report], Callback):
         self.include = include
         self.exclude = exclude
         self.report = report
+        if not isinstance(monitor, str):
+            raise PruningError(f"monitor must be the name of a metric, got {monitor!r}")
         self.monitor = monitor
         self.amount_ = 0.0
         self._progress = 0.0

@@ -190,7 +190,6 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         self.sites_ = None
         self.history_ = []
         self._done = False
-        self._updates = 0
         self._search: dict[str, Any] | None = None
         self._fitting: Fitting | None = None
         self._restored = False
@@ -294,7 +293,7 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
 
     def _resume(self, pl_module: Any) -> None:
         assert self._search is not None
-        self._fitting = Fitting.from_state(pl_module, self._search, self._options(), self._updates)
+        self._fitting = Fitting.from_state(pl_module, self._search, self._options())
         self.sites_ = self._fitting.sites
         self._search = None
 
@@ -355,7 +354,7 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         else:
             assert self._fitting is not None
             self._fitting.step(trainer, pl_module, self._batches[1])
-            self._updates, self.sites_ = self._fitting.updates, self._fitting.sites
+            self.sites_ = self._fitting.sites
         assert self._clock is not None
         epochs: float = trainer.current_epoch + 1
         if not trainer.is_last_batch:
@@ -533,7 +532,6 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         return {
             "plan": self.plan_.to_dict(),
             "done": self._done,
-            "updates": self._updates,
             "history": list(self.history_),
             "search": self._search if self._fitting is None else self._fitting.state_dict(),
         }
@@ -542,7 +540,6 @@ class ActivationSearch(Reporting[ActivationReport], Callback):
         """Take up what a checkpoint found."""
         self.plan_ = Plan.from_dict(state_dict["plan"])
         self._done = state_dict["done"]
-        self._updates = state_dict["updates"]
         self.history_ = list(state_dict["history"])
         self._search = state_dict["search"]
         self._restored = True

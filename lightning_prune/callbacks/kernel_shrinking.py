@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._structure import ObservingCallback
-from lightning_prune.graph.copies import trained_by
 from lightning_prune.graph.observe import Use
 from lightning_prune.pruning.budget import Budget
 from lightning_prune.pruning.kernels import Kernels, check_rings, choose_rings, find_kernels, shrink_chosen
@@ -74,8 +73,8 @@ class KernelShrinking(ObservingCallback):
 
     def _find(self, pl_module: Any, uses: Mapping[str, Use]) -> Kernels:
         named = globs("include", self.include), globs("exclude", self.exclude)
-        trained = trained_by(pl_module.trainer.optimizers)
-        kernels = find_kernels(pl_module, uses, self.of, *named, trained=trained, strict=not self.plan_)
+        optimizers, strict = pl_module.trainer.optimizers, not self.plan_
+        kernels = find_kernels(pl_module, uses, self.of, *named, optimizers=optimizers, strict=strict)
         self.frozen_ = kernels.frozen
         return kernels
 

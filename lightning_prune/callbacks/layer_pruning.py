@@ -10,7 +10,6 @@ import torch
 
 from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._structure import ObservingCallback
-from lightning_prune.graph.copies import trained_by
 from lightning_prune.graph.observe import Use
 from lightning_prune.pruning.budget import Budget
 from lightning_prune.pruning.layers import Layers, check_layers, choose_layers, drop_chosen, find_layers
@@ -82,9 +81,9 @@ class LayerPruning(ObservingCallback):
 
     def _find(self, pl_module: Any, uses: Mapping[str, Use], step: int) -> Layers:
         named = globs("include", self.include), globs("exclude", self.exclude)
-        trained, strict = trained_by(pl_module.trainer.optimizers), not self.plan_
+        optimizers, strict = pl_module.trainer.optimizers, not self.plan_
         layers = find_layers(
-            pl_module, uses, self.of, self.criterion, *named, seed=step, trained=trained, strict=strict
+            pl_module, uses, self.of, self.criterion, *named, seed=step, optimizers=optimizers, strict=strict
         )
         self.frozen_ = layers.frozen
         return layers

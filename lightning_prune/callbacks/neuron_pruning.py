@@ -33,7 +33,7 @@ from lightning_prune.pruning.masks import HeldMasks, apply_masks
 from lightning_prune.pruning.neurons import Choice, check_compensate, latency_amount, remove_chosen
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.repair import Repair, add_to, recalibrate
-from lightning_prune.pruning.select import Curves, Dense, check_choice, measure_dense
+from lightning_prune.pruning.select import Curves, Dense, check_choice, copies_to_tie, globs, measure_dense
 from lightning_prune.pruning.sensitivity import Sensitivity, by_layers
 from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weight_criteria import mix_seed
@@ -46,6 +46,10 @@ PATIENCE = 0.5
 
 BATCHES = 4
 """Training batches that ``compensate`` looks at, where ``recalibrate`` doesn't ask for more."""
+
+
+class _TooFewJudgedError(Exception):
+    """The budget asks for neurons that can't be judged yet, or are not known yet, too."""
 
 
 class NeuronPruning(StructureCallback):
@@ -219,7 +223,7 @@ class NeuronPruning(StructureCallback):
 
     def _take(self, trainer: Any, pl_module: Any, trace: Trace) -> None:
         """Draw the groups and check that the whole amount can be reached, before anything is changed."""
-        tie_copies(trace, self._choice.copies(pl_module, trainer.optimizers))
+        tie_copies(trace, copies_to_tie(pl_module, trainer.optimizers, globs("exclude", self.exclude)))
         groups = draw_groups(trace)
         if self.groups_ is not None:  # a part has run for the first time; nothing is gone yet
             self._restored, self._dense = self._of_neurons(), None
@@ -238,7 +242,9 @@ class NeuronPruning(StructureCallback):
             self._macs = macs
             if self.of == "latency" and self._latency_macs is None:
                 self._latency_macs = self._measure_latency(trainer, pl_module, groups, allowed)
-            self._select(groups, allowed, torch.zeros(groups.neurons), self.amount)
+            late = {id(pl_module.get_parameter(name)) for name in trace.parameters - trace.readers.keys()}
+            if trained_by(trainer.optimizers).isdisjoint(late):  # else what can go is not all known
+                self._select(groups, allowed, torch.zeros(groups.neurons), self.amount)
         except PruningError as error:
             raise ConfigurationError(f"NeuronPruning: {error}") from None
         self.groups_ = groups
@@ -387,7 +393,7 @@ class NeuronPruning(StructureCallback):
     @property
     def _is_over(self) -> bool:
         """Whether nothing more will be removed."""
-        return self._part >= 1 and (self.remove == "progressive" or self._acted)
+        return self._pruned >= 1 and (self.remove == "progressive" or self._acted)
 
     @property
     def _keep(self) -> int:
@@ -402,7 +408,7 @@ class NeuronPruning(StructureCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _take_gradients(self, pl_module: Any, optimizer: Any) -> None:
-        if isinstance(self._judge, Taylor) and self.groups_ is not None and self._part < 1:
+        if isinstance(self._judge, Taylor) and self.groups_ is not None and self._pruned < 1:
             own = (parameter for group in optimizer.param_groups for parameter in group["params"])
             self._judge.collect(self.groups_, named_tensors(pl_module), own)
         if self._held is not None and self._held.before_step(optimizer):
@@ -439,15 +445,17 @@ class NeuronPruning(StructureCallback):
 
     def _expects(self, trainer: Any) -> bool:
         """Whether parts that are trained have not run yet, and may still do so before anything goes."""
-        if self._unseen is None or self._pruned or self._part >= PATIENCE or trainer.is_last_batch:
-            return False
-        return not trained_by(trainer.optimizers).isdisjoint(self._unseen.parameters)
+        return not (self._pruned or self._part >= PATIENCE or trainer.is_last_batch) and self._lacks(trainer)
+
+    def _lacks(self, trainer: Any) -> bool:
+        """Whether parts that are trained have not run yet."""
+        return self._unseen is not None and not trained_by(trainer.optimizers).isdisjoint(self._unseen.parameters)
 
     def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
         """Choose what goes, and remove it now or only mask it."""
         assert self.groups_ is not None
         drawn, whole, masked = self.groups_, self._dense, self._masked
-        further, self._pruned = self._part > self._pruned, self._part
+        further = self._part > self._pruned
         if isinstance(self._judge, Random):
             self._judge.seed = mix_seed(self._seed or 0, str(trainer.global_step))
 
@@ -480,10 +488,10 @@ class NeuronPruning(StructureCallback):
             alive = left.clone()
             try:
                 alive[left] = self._select(rest, allowed[left], scores[left], amount, int(waiting.sum()))
-            except PruningError:
-                if not bool(waiting.any()) or _ends(trainer):
+            except PruningError as error:
+                if _ends(trainer) or not (bool(waiting.any()) or self._lacks(trainer)):
                     raise
-                return left  # those that can't be judged yet are needed too
+                raise _TooFewJudgedError from error
             agreed: Tensor = trainer.strategy.broadcast(alive)
             return agreed
 
@@ -492,17 +500,21 @@ class NeuronPruning(StructureCallback):
             add = partial(trainer.strategy.reduce, reduce_op="sum")
             return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
 
-        with self._referred(trainer, pl_module):
-            plan, groups, alive, changes = remove_chosen(
-                pl_module,
-                drawn,
-                choose,
-                optimizers=trainer.optimizers if now else (),
-                verify=self.verify,
-                repair=repair,
-                keep=now,
-                refused=self._refused.append,
-            )
+        try:
+            with self._referred(trainer, pl_module):
+                plan, groups, alive, changes = remove_chosen(
+                    pl_module,
+                    drawn,
+                    choose,
+                    optimizers=trainer.optimizers if now else (),
+                    verify=self.verify,
+                    repair=repair,
+                    keep=now,
+                    refused=self._refused.append,
+                )
+        except _TooFewJudgedError:
+            return  # at the next occasion, with what has been collected so far
+        self._pruned = self._part
         self._judge.forget()
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, groups)

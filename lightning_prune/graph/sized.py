@@ -189,17 +189,21 @@ def _pieces(
 # -- functions with bounds ---------------------------------------------------------------------------------------------
 
 
-def _elements(args: tuple[Any, ...]) -> Iterator[tuple[int, Any, int]]:
-    """The slices and numbers of an index: place, the part, the dimension it is of."""
+def _parts(args: tuple[Any, ...]) -> Iterator[tuple[int, Any, int]]:
+    """The parts of an index: place, the part, the dimension it is of."""
     given = args[1] if isinstance(args[1], tuple) else (args[1],)
     dim = 0
     for place, part in enumerate(given):
         if part is Ellipsis:
             dim = args[0].dim() - sum(map(_consumes, given[place + 1 :]))
-            continue
-        if isinstance(part, slice) or _is_size(part):
+        else:
             yield place, part, dim
-        dim += _consumes(part)
+            dim += _consumes(part)
+
+
+def _elements(args: tuple[Any, ...]) -> Iterator[tuple[int, Any, int]]:
+    """Those that are slices and numbers."""
+    return (each for each in _parts(args) if isinstance(each[1], slice) or _is_size(each[1]))
 
 
 def _consumes(part: Any) -> int:
@@ -210,18 +214,12 @@ def _consumes(part: Any) -> int:
 
 
 def _lists(args: tuple[Any, ...]) -> Iterator[tuple[int, Any, int]]:
-    """The lists of indices of an index: place, the list as a tuple or tensor, the dimension it is of."""
-    given = args[1] if isinstance(args[1], tuple) else (args[1],)
-    dim = 0
-    for place, part in enumerate(given):
-        if part is Ellipsis:
-            dim = args[0].dim() - sum(map(_consumes, given[place + 1 :]))
-            continue
+    """Those that are lists of indices, as tuples or tensors."""
+    for place, part, dim in _parts(args):
         if isinstance(part, Tensor) and part.dim() == 1:
             yield place, part, dim
         elif isinstance(part, (list, range)) and part and all(isinstance(item, int) for item in part):
             yield place, tuple(int(item) if _is_size(item) else item for item in part), dim
-        dim += _consumes(part)
 
 
 def _as_indices(given: Any, size: int) -> Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_prune.errors import PruningError
+from lightning_prune.graph.observe import Use
 from lightning_prune.pruning.select import matching
 
-__all__ = ["COSTS", "Budget", "among", "listed"]
+__all__ = ["COSTS", "Budget", "add_copies", "among", "listed"]
 
 COSTS = ("params", "macs")
 """What kernels and layers can be a fraction of."""
@@ -55,6 +56,14 @@ class Budget:
             f"amount={amount:g} of the {self.of} can't be reached: with {what} "
             f"{math.floor(max(reachable, 0.0) * 1e4) / 1e4:g} is gone{listed(reasons)}"
         )
+
+
+def add_copies(costs: dict[str, float], copies: Mapping[str, str], uses: Mapping[str, Use], of: str) -> None:
+    """Add to what each costs, in parameters or MACs, what the copies cost that go with it."""
+    own = dict(costs)
+    for copy, path in copies.items():
+        if path in own:
+            costs[path] += own[path] if of == "params" else uses[copy].macs if copy in uses else 0.0
 
 
 def listed(reasons: Mapping[str, str]) -> str:

@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.copies import copies_of_trained, original_of, trained_by
+from lightning_prune.graph.copies import original_of
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, named_tensors, run_calls, undisturbed
 from lightning_prune.graph.verify import MaskedModel
-from lightning_prune.pruning.budget import COSTS, Budget, among, listed
+from lightning_prune.pruning.budget import COSTS, Budget, add_copies, among, listed
 from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import check_amount, check_choice, globs, is_named
+from lightning_prune.pruning.select import check_amount, check_choice, copies_to_tie, globs
 from lightning_prune.pruning.surgery import Change, shrink
 from lightning_prune.pruning.transaction import checked, settle
 from lightning_prune.pruning.weight_criteria import CONVOLUTIONS, TRANSPOSED
@@ -92,9 +92,8 @@ def shrink_kernels(
         with undisturbed(model), observer.watch():
             model.eval()
             run_calls(model, calls)
-        trained = trained_by(optimizers)
         named = globs("include", include), globs("exclude", exclude)
-        kernels = find_kernels(model, observer.uses, of, *named, trained=trained)
+        kernels = find_kernels(model, observer.uses, of, *named, optimizers=optimizers)
         now = observer.macs if of == "macs" else sum(p.numel() for p in model.parameters())
         budget = Budget(of, now, now)
 
@@ -156,7 +155,7 @@ def find_kernels(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     *,
-    trained: Collection[int] = (),
+    optimizers: Iterable[Optimizer] = (),
     strict: bool = True,
 ) -> Kernels:
     """The convolutions of a model whose kernels may shrink, and why the others may not.
@@ -167,7 +166,7 @@ def find_kernels(
         of: What they cost: ``"params"`` or ``"macs"``.
         include: Globs on module names (None: all).
         exclude: Globs on module names.
-        trained: Ids of the parameters that optimizers hold: copies of what these train follow it.
+        optimizers: Copies of what these train follow it.
         strict: Refuse patterns that match nothing, and models with nothing that may shrink.
 
     Raises:
@@ -182,7 +181,7 @@ def find_kernels(
     found: dict[str, Tensor] = {}
     rings: dict[str, int] = {}
     frozen: dict[str, str] = {}
-    networks = {c: o for c, o in copies_of_trained(model, trained).items() if not is_named(c, exclude or ())}
+    networks = copies_to_tie(model, optimizers, exclude)
     copies: dict[str, str] = {}
     for path, module in model.named_modules():
         if not isinstance(module, _ConvNd):
@@ -204,9 +203,7 @@ def find_kernels(
     frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     weights = {path: weight for path, weight in found.items() if path in chosen}
     costs = {path: float(uses[path].macs if of == "macs" else weight.numel()) for path, weight in weights.items()}
-    for copy, path in copies.items():
-        if path in costs:
-            costs[path] += (uses[copy].macs if copy in uses else 0) if of == "macs" else weights[path].numel()
+    add_copies(costs, copies, uses, of)
     return Kernels(weights, rings, costs, frozen, copies)
 
 

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.copies import copies_of_trained, original_of, trained_by
+from lightning_prune.graph.copies import original_of
 from lightning_prune.graph.observe import Observer, Use
 from lightning_prune.graph.run import as_calls, check_model, run_calls, undisturbed
-from lightning_prune.pruning.budget import COSTS, Budget, among, listed
+from lightning_prune.pruning.budget import COSTS, Budget, add_copies, among, listed
 from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect
 from lightning_prune.pruning.passing import Form, inside, remove_modules, skeletons_of
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.select import check_amount, check_choice, globs, is_named
+from lightning_prune.pruning.select import check_amount, check_choice, copies_to_tie, globs
 from lightning_prune.pruning.surgery import Change
 from lightning_prune.pruning.transaction import checked, settle
 
@@ -105,7 +105,7 @@ def remove_layers(
             globs("include", include),
             globs("exclude", exclude),
             seed=seed,
-            trained=trained_by(optimizers),
+            optimizers=optimizers,
         )
         now = observer.macs if of == "macs" else sum(p.numel() for p in model.parameters())
         budget = Budget(of, now, now)
@@ -175,7 +175,7 @@ def find_layers(
     exclude: Sequence[str] | None = None,
     *,
     seed: int = 0,
-    trained: Collection[int] = (),
+    optimizers: Iterable[Optimizer] = (),
     strict: bool = True,
 ) -> Layers:
     """The layers of a model that may go, and why other modules may not.
@@ -188,7 +188,7 @@ def find_layers(
         include: Globs on module names (None: all).
         exclude: Globs on module names.
         seed: For the criterion that draws random numbers.
-        trained: Ids of the parameters that optimizers hold: copies of what these train follow it.
+        optimizers: Copies of what these train follow it.
         strict: Refuse patterns that match nothing, and models with nothing that may go.
 
     Raises:
@@ -198,7 +198,7 @@ def find_layers(
     holders: Counter[int] = Counter()
     for module in model.modules():
         holders.update(id(p) for p in module._parameters.values() if p is not None)
-    networks = {c: o for c, o in copies_of_trained(model, trained).items() if not is_named(c, exclude or ())}
+    networks = copies_to_tie(model, optimizers, exclude)
     copies: dict[str, str] = {}
     found: dict[str, nn.Module] = {}
     frozen: dict[str, str] = {}
@@ -222,9 +222,7 @@ def find_layers(
     frozen |= {path: "left out by include or exclude" for path in found if path not in chosen}
     params = {path: sum(p.numel() for p in found[path].parameters()) for path in found if path in chosen}
     costs = {path: float(uses[path].macs if of == "macs" else count) for path, count in params.items()}
-    for copy, path in copies.items():
-        if path in costs:
-            costs[path] += (uses[copy].macs if copy in uses else 0) if of == "macs" else params[path]
+    add_copies(costs, copies, uses, of)
     return Layers(
         scores={path: LAYER_CRITERIA[criterion](path, uses[path], seed) for path in params},
         forms={path: Form(uses[path].argument, uses[path].outputs, uses[path].extra) for path in params},

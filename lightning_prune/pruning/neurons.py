@@ -25,7 +25,7 @@ from lightning_prune.graph.callsites import (
     installed_patches,
     remove_patches,
 )
-from lightning_prune.graph.copies import copies_of_trained, tie_copies, trained_by
+from lightning_prune.graph.copies import tie_copies
 from lightning_prune.graph.groups import Group, Groups, draw_groups, find_groups
 from lightning_prune.graph.labels import CALCULATES
 from lightning_prune.graph.numbers import numbers_of, where_numbers_differ
@@ -46,8 +46,8 @@ from lightning_prune.pruning.select import (
     check_amount,
     check_choice,
     check_neuron_scope,
+    copies_to_tie,
     globs,
-    is_named,
     measure_dense,
     pick,
     select_neurons,
@@ -81,14 +81,10 @@ class Choice:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PruningError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.exact_only, bool):
+            raise PruningError(f"exact_only must be True or False, got {self.exact_only!r}")
         globs("include", self.include)
         globs("exclude", self.exclude)
-
-    def copies(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, str]:
-        """`copies_of_trained`, but those that are excluded."""
-        copies = copies_of_trained(model, trained_by(optimizers))
-        excluded = globs("exclude", self.exclude) or ()
-        return {copy: other for copy, other in copies.items() if not is_named(copy, excluded)}
 
     def allowed(self, model: nn.Module, groups: Groups, judge: NeuronCriterion) -> Tensor:
         """The neurons that may go, bool (neurons,).
@@ -204,7 +200,7 @@ def prune_neurons(
     optimizers = as_optimizers(optimizer)
     with torch.inference_mode(False), torch.no_grad():
         groups = find_groups(model, example_inputs)
-        copies = option.copies(model, optimizers) if optimizers else {}
+        copies = copies_to_tie(model, optimizers, globs("exclude", exclude))
         if copies and groups.origin is not None:
             tie_copies(groups.origin.trace, copies)
             groups = draw_groups(groups.origin.trace)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
+from lightning_prune.graph.copies import copies_of_trained, trained_by
 from lightning_prune.graph.groups import Groups
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "check_amount",
     "check_choice",
     "check_neuron_scope",
+    "copies_to_tie",
     "globs",
     "is_named",
     "matching",
@@ -113,6 +116,12 @@ def matching(modules: Sequence[str], include: Sequence[str] | None, exclude: Seq
 def is_named(module: str, patterns: Sequence[str]) -> bool:
     """Whether some pattern matches a module's name, or that of a module that contains it."""
     return any(fnmatchcase(name, pattern) for name in _with_parents(module) for pattern in patterns)
+
+
+def copies_to_tie(model: nn.Module, optimizers: Iterable[Optimizer], exclude: Sequence[str] | None) -> dict[str, str]:
+    """`copies_of_trained`, but for those that ``exclude`` names."""
+    copies = copies_of_trained(model, trained_by(optimizers))
+    return {copy: other for copy, other in copies.items() if not is_named(copy, exclude or ())}
 
 
 def _with_parents(module: str) -> list[str]:

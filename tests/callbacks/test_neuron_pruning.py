@@ -826,6 +826,8 @@ def test_amount_must_be_a_fraction(amount: Any) -> None:
         ({"round_to": 0}, ["round_to", "0", "at least 1"]),
         ({"round_to": 1.5}, ["round_to", "1.5"]),
         ({"round_to": True}, ["round_to", "True"]),
+        ({"exact_only": "yes"}, ["exact_only", "'yes'", "True or False"]),
+        ({"monitor": 3}, ["monitor", "metric", "3"]),
         ({"include": [3]}, ["include", "glob", "[3]"]),
         ({"exclude": 3}, ["exclude", "glob", "3"]),
         ({"example_inputs": 3}, ["example_inputs", "int", "tensor", "tuple", "dict"]),

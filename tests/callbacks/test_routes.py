@@ -171,15 +171,17 @@ def test_a_run_in_which_no_removal_works_goes_on_and_says_why() -> None:
 
 
 class TakingTurns(Task):
-    """Two networks with an optimizer each, one batch for the one, the next for the other."""
+    """Two networks with an optimizer each, one batch (or epoch) for the one, the next for the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_epoch: bool = False) -> None:
+        self.by_epoch = by_epoch
         super().__init__(mlp(6, 12, 4), batches=8)
         self.other = mlp(6, 12, 4)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        net, optimizer = list(zip((self.net, self.other), self.optimizers(), strict=True))[batch_idx % 2]
+        turn = self.current_epoch if self.by_epoch else batch_idx
+        net, optimizer = list(zip((self.net, self.other), self.optimizers(), strict=True))[turn % 2]
         optimizer.zero_grad()
         self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
         optimizer.step()
@@ -201,3 +203,16 @@ def test_what_has_not_been_judged_yet_does_not_go(criterion: str, every: Any) ->
     gone = [(a != c, b != d) for (a, b), (c, d) in itertools.pairwise(widths)]
     assert any(one for one, _ in gone)
     assert any(other for _, other in gone)
+
+
+def test_a_budget_that_needs_what_is_not_judged_yet_waits_for_it() -> None:
+    """More than all of one network must go, and only one of them has run in an epoch."""
+    module = seeded(lambda: TakingTurns(by_epoch=True))
+    whole = sum(p.numel() for p in module.parameters())
+    sizes: list[int] = []
+    spy = Spy(on_train_epoch_end=lambda *_: sizes.append(sum(p.numel() for p in module.parameters())))
+    pruning = NeuronPruning(0.7, of="params", criterion="taylor", schedule="one_shot", end=0.2, report=False)
+    fit(module, pruning, spy, max_epochs=6)
+    assert sizes[0] == whole, "the other network has had no gradient"
+    assert sizes[-1] <= 0.3 * whole
+    assert sizes[2] == sizes[-1], "as soon as both have had one"
