@@ -162,8 +162,8 @@ class Choice:
     name: str
     parameters: tuple[tuple[str, Value], ...] = ()
 
-    def __call__(self, x: Tensor, own: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The function of ``x``; ``own``, what stood there before, is not used.
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function of ``x``.
 
         Shape: the same as ``x``; per-channel parameters are along dimension 1.
         """

@@ -293,7 +293,9 @@ def installed(
             site = mixture.sites[name]
             run = _SiteMixture(mixture, number, site)
             if site.module is None:
-                calls.setdefault(site.owner, {})[site.function, site.call] = Replacement(run, site.in_place)
+                calls.setdefault(site.owner, {})[site.function, site.call] = Replacement(
+                    run, site.in_place, with_own=True
+                )
             else:
                 planted.append((model.get_submodule(site.module), run))
     nested = [path for owner in calls for path in sites.nested.get(owner, ())]

@@ -292,8 +292,15 @@ class PruningCallback(Reporting[Report], Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prune where the schedule says so: after the optimizer step, before validation."""
-        with waiting_interrupts():
-            self._end_batch(trainer, pl_module, batch_idx)
+        if self._may_act(trainer):
+            with waiting_interrupts():
+                self._end_batch(trainer, pl_module, batch_idx)
+
+    def _may_act(self, trainer: Any) -> bool:
+        """Whether there may be something to do at the end of this batch; most batches are over at once."""
+        if trainer.is_last_batch or trainer.max_steps != -1 or self.every != "epoch":
+            return True
+        return any(callback._stack is not None or callback._advanced for callback in pruning_callbacks(trainer))
 
     def _end_batch(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         ours = pruning_callbacks(trainer)

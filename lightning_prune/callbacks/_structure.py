@@ -127,6 +127,9 @@ class StructureCallback(PruningCallback):
         super().on_train_start(trainer, pl_module)
         self._current = named_tensors(pl_module)
 
+    def _may_act(self, trainer: Any) -> bool:
+        return True  # a removal may wait for gradients or for parts that have not run yet
+
     def _settle(self, trainer: Any, pl_module: Any) -> None:
         ours = structure_callbacks(trainer)
         if self is ours[-1]:

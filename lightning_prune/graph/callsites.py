@@ -362,7 +362,7 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, sizes rewritten and functions replaced."""
         if not self.shields:
-            return self._sized(*args, **kwargs)
+            return self._sized(*args, **kwargs) if self.patches else self._replaced(*args, **kwargs)
         with shielded():
             return self._sized(*args, **kwargs)
 

@@ -112,12 +112,14 @@ class Replacement:
     """What runs in the place of a call.
 
     Attributes:
-        function: ``function(x, own)``: of the input, and what the forward itself would have called.
+        function: ``function(x)`` of the input; ``function(x, own)`` if ``with_own``.
         in_place: Whether the forward goes on to use the input of a call that works in place.
+        with_own: Whether the function is given what the forward itself would have called, too.
     """
 
-    function: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+    function: Callable[..., Tensor]
     in_place: bool = False
+    with_own: bool = False
 
 
 class CallReplacer(TorchFunctionMode):
@@ -146,10 +148,10 @@ class CallReplacer(TorchFunctionMode):
         if replacement is None:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
+        own = (partial(_own, entry, args, kwargs),) if replacement.with_own else ()
         if replacement.in_place and entry.works_in_place(args, kwargs):
-            # Functions may need the old value in the backward.
-            return x.copy_(replacement.function(x.clone(), partial(_own, entry, args, kwargs)))
-        return replacement.function(x, partial(_own, entry, args, kwargs))
+            return x.copy_(replacement.function(x.clone(), *own))  # functions may need the old value in the backward
+        return replacement.function(x, *own)
 
 
 def _own(entry: ActivationFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:

@@ -146,33 +146,31 @@ class HeldMasks:
         """How many times each weight has been written to."""
         return [parameter._version for parameter in self.parameters.values()]
 
-    @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> bool:
         """Gradients are there: mask them; whether that is all it takes."""
         if type(optimizer) not in _ELEMENTWISE:
             return False
         everything = self._versions == self._written()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                gradient, bits = parameter.grad, self._bits.get(id(parameter))
-                if bits is None or gradient is None:
-                    continue
-                if not _dense(gradient):
-                    everything = False
-                    continue
-                _and(local(gradient) if self._sharded else gradient, bits)
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    gradient, bits = parameter.grad, self._bits.get(id(parameter))
+                    if bits is None or gradient is None:
+                        continue
+                    if not _dense(gradient):
+                        everything = False
+                        continue
+                    _and(local(gradient) if self._sharded else gradient, bits)
         return everything
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer, masked_gradients: bool = False) -> None:
         """The step is done: mask weights and state, unless that of the gradients was enough."""
-        if masked_gradients and type(optimizer) in _ELEMENTWISE:
-            self._versions = self._written()
-            return
-        for parameter in self.parameters.values():
-            if id(parameter) in self._bits:
-                _and(local(parameter.detach()), self._bits[id(parameter)])
-        mask_optimizer(optimizer, self.parameters, self.masks)
+        if not (masked_gradients and type(optimizer) in _ELEMENTWISE):
+            with torch.no_grad():
+                for parameter in self.parameters.values():
+                    if id(parameter) in self._bits:
+                        _and(local(parameter.detach()), self._bits[id(parameter)])
+            mask_optimizer(optimizer, self.parameters, self.masks)
         self._versions = self._written()
 
 
