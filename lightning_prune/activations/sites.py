@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_prune.activations.candidates import CANDIDATES, Choice, choice_of
 from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.graph.callsites import in_backward, replaced_calls
+from lightning_prune.graph.callsites import in_backward, replaced_calls, untraced
 from lightning_prune.graph.replaced import ALL_CALLS, activation_function
 from lightning_prune.graph.run import as_calls, check_model, run_calls, undisturbed
 
@@ -28,7 +30,7 @@ _BOUNDED = frozenset({"sigmoid", "hardsigmoid", "tanh", "softsign", "hardtanh", 
 _MULTIPLICATIONS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _MOVEMENTS = frozenset(
     {"view", "reshape", "expand", "expand_as", "view_as", "unsqueeze", "squeeze", "permute", "transpose", "flatten"}
-    | {"unflatten", "contiguous", "broadcast_to", "movedim", "swapaxes"}
+    | {"unflatten", "contiguous", "broadcast_to", "movedim", "swapaxes", "clone", "detach", "to", "float", "double"}
 )
 
 
@@ -181,6 +183,7 @@ _GATE = "a gate: what it gives is multiplied by another tensor"
 _OUTPUT = "gives the model's output"
 _OUTSIDE = "called outside any module's forward"
 _VARYING = "its module's calls vary from run to run"
+_AGAIN = "inside torch.utils.checkpoint, which calls it once more in the backward, outside its module's forward"
 _REPLACED = "a call in its module has been replaced already"
 
 
@@ -238,6 +241,7 @@ class SiteFinder(TorchFunctionMode):
         self._gates: set[_Key] = set()
         self._outputs: set[_Key] = set()
         self._aliased: set[_Key] = set()
+        self._again: set[_Key] = set()
 
     @contextmanager
     def watch(self) -> Iterator[SiteFinder]:
@@ -303,6 +307,8 @@ class SiteFinder(TorchFunctionMode):
             for tensor in pytree.tree_leaves(output):
                 if id(tensor) in self._tags:
                     self._outputs.add(_key(self._tags[id(tensor)][1]))
+                if id(tensor) in self._changed:  # what was changed in place, under its old name
+                    self._outputs.add(_key(self._changed[id(tensor)][1]))
         return None
 
     def __torch_function__(
@@ -353,13 +359,28 @@ class SiteFinder(TorchFunctionMode):
         if self._before is not None and own == Choice("relu"):
             self._inputs[_key(event)] = self._before
         self._before = None
+        if self._is_checkpointed(frame.path):
+            self._again.add(_key(event))
         given = None
         if output is x:
+            if output._is_view():  # the forward may go on with what it is a part of
+                self._aliased.add(_key(event))
             # A new name for the same memory: if the forward uses the old one, it relies on the change.
             given = output.view_as(output)
             self._changed[id(x)] = x, event
         self._tags[id(output if given is None else given)] = (output if given is None else given), event
         return given
+
+    def _is_checkpointed(self, owner: str) -> bool:
+        """Whether the forward of the module at this path has called a checkpointed function, which is running now."""
+        at: FrameType | None = sys._getframe(1)
+        while at is not None:
+            if at.f_code.co_filename == torch.utils.checkpoint.__file__:
+                return True
+            if at.f_code is nn.Module._call_impl.__code__ and self.paths.get(at.f_locals["self"]) == owner:
+                return False
+            at = at.f_back
+        return False
 
     def _use(self, inputs: Any) -> None:
         if self._changed:
@@ -393,13 +414,14 @@ class SiteFinder(TorchFunctionMode):
         places = {(s.owner, s.function, s.call): s.name for s in sites.sites if s.module is None}
         modules = {site.module: site.name for site in sites.sites if site.module is not None}
         found: dict[str, tuple[float | tuple[float, ...], ...]] = {}
-        for (owner, function, number, module), x in self._inputs.items():
-            name = modules.get(module or "") or places.get((owner, function or "", number))
-            if name is not None:
-                channels = self.per_channel and x.dim() in (2, 4, 5)
-                parts = x.transpose(0, 1).flatten(1).unbind(0) if channels else (x,)
-                rows = [[_quantile(part, q) for part in parts] for q in self.quantiles]
-                found[name] = tuple(tuple(row) if channels else row[0] for row in rows)
+        with torch.no_grad(), untraced():
+            for (owner, function, number, module), x in self._inputs.items():
+                name = modules.get(module or "") or places.get((owner, function or "", number))
+                if name is not None:
+                    channels = self.per_channel and x.dim() in (2, 4, 5)
+                    parts = x.transpose(0, 1).flatten(1).unbind(0) if channels else (x,)
+                    rows = [[_quantile(part, q) for part in parts] for q in self.quantiles]
+                    found[name] = tuple(tuple(row) if channels else row[0] for row in rows)
         return found
 
     def sites(self) -> Sites:
@@ -450,6 +472,8 @@ class SiteFinder(TorchFunctionMode):
                 aliased, event.shape,
             )  # fmt: skip
             reason = _GATE if key in self._gates else _OUTPUT if key in self._outputs else ""
+            if key in self._again and not own_module:
+                reason = _AGAIN
             if event.owner in patched:
                 reason = _REPLACED
             (left if reason else sites).append(replace(site, left=reason))

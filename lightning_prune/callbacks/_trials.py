@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import random
 import sys
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -115,11 +115,9 @@ def loss_on(trainer: Any, module: Any, batch: Any, number: int = 0) -> Tensor | 
 
     To be called inside `aside`.
     """
-    given = {"batch": to_device(trainer, module, batch), "batch_idx": number, "dataloader_idx": 0}
-    names = inspect.signature(module.training_step).parameters
-    others = list(names)[1:]
+    numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as Lightning does
     with trainer.precision_plugin.forward_context():
-        output = module.training_step(given["batch"], **{n: given[n] for n in others if n in given})
+        output = module.training_step(to_device(trainer, module, batch), *([number] if numbered else []))
     loss = output.get("loss") if isinstance(output, dict) else output
     return loss if isinstance(loss, Tensor) else None
 

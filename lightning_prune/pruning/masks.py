@@ -118,7 +118,7 @@ class HeldMasks:
     A weight that is zero, whose gradient and momentum are zero, stays zero under the optimizers of torch that work
     element by element; so before each step the gradients are masked, one pass over memory. After a step of any other
     optimizer, weights and state are; also where someone else has written to the weights since the last step, such as a
-    projection, a clamp or noise.
+    projection, a clamp or noise (through ``.data`` it is not seen: torch doesn't count these writes).
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import torch
 from activation_nets import Block, Net, Varying
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import Plan, PruningError, load_pruned, prune_neurons, save_pruned
 from lightning_prune.activations.apply import apply_changes, changes_for, present_activations, take_back_changes
@@ -257,3 +258,59 @@ def test_what_doesnt_fit_is_refused_and_nothing_changes() -> None:
     take_back_changes(net, plan.activations)
     take_back_changes(net, plan.activations)
     assert type(net.act) is nn.LeakyReLU
+
+
+class ThroughViews(nn.Module):
+    """Half of the neurons, changed in place through a view, and then all of them through another."""
+
+    def __init__(self, module: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(4, 6), nn.Linear(6, 3), nn.ReLU(inplace=True) if module else F.relu_
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * 1
+        self.act(h[:, :3])
+        h.view(-1).tanh_()
+        return self.b(h)
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["function", "module"])
+def test_what_is_changed_through_a_view_is_changed_by_the_choice_too(module: bool) -> None:
+    torch.manual_seed(0)
+    net = ThroughViews(module).double()
+    choices = {"relu#0": Choice("gelu"), "tanh#0": Choice("silu")}
+    apply_changes(net, changes_for(net, find_activations(net, x64()), choices))
+    h = net.a(x64())
+    expected = net.b(F.silu(torch.cat([F.gelu(h[:, :3]), h[:, 3:]], 1)))
+    torch.testing.assert_close(net(x64()), expected)
+    gradients = [torch.autograd.grad(y.square().sum(), list(net.parameters())) for y in (net(x64()), expected)]
+    torch.testing.assert_close(*gradients)
+
+
+class Recomputed(nn.Module):
+    """A method of its own and a whole part, both checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.part = nn.Linear(4, 6), nn.Linear(6, 3), Block()
+
+    def first(self, x: Tensor) -> Tensor:
+        return F.silu(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.part, x, use_reentrant=False)
+        return torch.tanh(self.b(checkpoint(self.first, x, use_reentrant=False))).exp()
+
+
+def test_only_parts_that_are_modules_are_chosen_for_inside_checkpoints() -> None:
+    torch.manual_seed(0)
+    net = Recomputed().double()
+    sites = find_activations(net, x64())
+    assert [(site.name, "checkpoint" in site.left) for site in sites.left] == [("silu#0", True)]
+    chosen = {site.name: Choice("elu") for site in sites.sites}
+    assert {"part.relu#0", "tanh#0"} <= set(chosen)
+    apply_changes(net, changes_for(net, sites, chosen))
+    expected = F.elu(net.b(F.silu(net.a(net.part(x64()))))).exp()
+    torch.testing.assert_close(net(x64()), expected)
+    gradients = [torch.autograd.grad(y.sum(), list(net.parameters())) for y in (net(x64()), expected)]
+    torch.testing.assert_close(*gradients)

@@ -49,6 +49,26 @@ def test_an_activation_that_is_the_output_is_left_alone() -> None:
     assert names(found.pick(None, None, gates=True).sites) == ["1", "3"]
 
 
+def test_an_output_may_be_changed_in_place_or_copied() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            x.relu_()
+            return x
+
+    class Copied(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid().clone().float()
+
+    assert names(find_activations(InPlace(), torch.randn(3, 4)).left) == ["relu#0"]
+    found = find_activations(Copied(), torch.randn(3, 4))
+    assert (names(found.sites), names(found.left)) == (["relu#0"], ["sigmoid#0"])
+
+
 def test_attention_and_its_softmax_are_no_sites() -> None:
     net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     assert names(find_activations(net, torch.randn(2, 3, 8)).sites) == ["relu#0"]

@@ -538,6 +538,37 @@ def test_training_that_ends_early_keeps_the_best_so_far_and_says_so() -> None:
     assert not any("forward" in part.__dict__ for part in module.modules())
 
 
+def test_looking_for_thresholds_freezes_no_neurons() -> None:
+    module, callback = seeded(Task), neurons(0.5)
+    fit(module, search(("relu", "tanh"), threshold=True), callback, max_epochs=4)
+    alone = neurons(0.5)
+    fit(seeded(Task), alone, max_epochs=4)
+    assert [group.frozen for group in callback.groups_.frozen] == [group.frozen for group in alone.groups_.frozen]
+    assert callback.groups_.neurons == alone.groups_.neurons
+
+
+@pytest.mark.parametrize("mode", ["mixture", "trial"])
+def test_a_training_step_may_name_its_arguments_as_it_likes(mode: str) -> None:
+    class Named(Task):
+        def training_step(self, this: Any, number: int) -> Tensor:
+            assert isinstance(number, int)
+            return super().training_step(this, number)
+
+    class Unnumbered(Task):
+        def training_step(self, this: Any) -> Tensor:
+            return super().training_step(this, 0)
+
+    states = []
+    for make in (Task, Named, Unnumbered):
+        module = seeded(make)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*held.out.*")
+            fit(module, search(("relu", "tanh"), mode=mode), max_epochs=4)
+        states.append(snapshot(module))
+    assert_same(states[1], states[0])
+    assert_same(states[2], states[0])
+
+
 @pytest.mark.parametrize(("threshold", "shape"), [(True, ()), ("channel", (6,))], ids=str)
 def test_parameters_are_searched_per_site_or_channel(threshold: Any, shape: tuple[int, ...]) -> None:
     seen: list[Any] = []
