@@ -57,6 +57,7 @@ class Fitting:
         if mixture.values:
             groups.append({"params": list(mixture.values.values()), "lr": self.options.value_lr})
         self.adam = torch.optim.Adam(groups, betas=(0.5, 0.999), weight_decay=0.0)
+        self._mixing.enter_context(torch.compiler.set_stance("force_eager"))  # compiled modules run the mixture, too
         self._mixing.enter_context(installed(pl_module, sites, mixture, self._count))
 
     def close(self) -> None:

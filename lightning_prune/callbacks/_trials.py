@@ -95,7 +95,8 @@ def aside(module: Any) -> Iterator[None]:
     values = [{name: copy.deepcopy(getattr(each, name)) for name in each._defaults} for each in metrics]
     module.__dict__.update(dict.fromkeys(("log", "log_dict"), _nothing))
     try:
-        with undisturbed(module), same_buffers(module):
+        # Compiled modules would be compiled anew for each choice.
+        with torch.compiler.set_stance("force_eager"), undisturbed(module), same_buffers(module):
             yield
     finally:
         for name in ("log", "log_dict"):

@@ -142,6 +142,8 @@ class CallReplacer(TorchFunctionMode):
         if entry is None or self.counts[""]:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if "out" in kwargs:  # it writes somewhere else; no site
+            return func(*args, **kwargs)
         number = self.counts.get(entry.name, 0)
         self.counts[entry.name] = number + 1
         replacement = self.replacements.get((entry.name, number)) or self.replacements.get((entry.name, ALL_CALLS))

@@ -271,6 +271,7 @@ class ThroughViews(nn.Module):
         h = self.a(x) * 1
         self.act(h[:, :3])
         h.view(-1).tanh_()
+        torch.sigmoid(h.detach(), out=torch.empty_like(h))  # no site
         return self.b(h)
 
 
@@ -279,7 +280,9 @@ def test_what_is_changed_through_a_view_is_changed_by_the_choice_too(module: boo
     torch.manual_seed(0)
     net = ThroughViews(module).double()
     choices = {"relu#0": Choice("gelu"), "tanh#0": Choice("silu")}
-    apply_changes(net, changes_for(net, find_activations(net, x64()), choices))
+    sites = find_activations(net, x64())
+    assert {site.name for site in (*sites.sites, *sites.left)} == set(choices)
+    apply_changes(net, changes_for(net, sites, choices))
     h = net.a(x64())
     expected = net.b(F.silu(torch.cat([F.gelu(h[:, :3]), h[:, 3:]], 1)))
     torch.testing.assert_close(net(x64()), expected)

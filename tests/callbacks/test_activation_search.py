@@ -569,6 +569,48 @@ def test_a_training_step_may_name_its_arguments_as_it_likes(mode: str) -> None:
     assert_same(states[2], states[0])
 
 
+class Compiled(Task):
+    """Modules and calls in a network that is compiled, as a wrapper or in place."""
+
+    def __init__(self, how: str) -> None:
+        class Calls(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.second(F.relu(self.first(x) - 0.1))
+
+        super().__init__(Calls(), shape=(6,))
+        if how == "wrapper":
+            self.net = torch.compile(self.net, backend="eager")
+        elif how == "in place":
+            self.net.compile(backend="eager")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.logits(batch[0]), batch[1])  # Lightning's log takes seconds to compile
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # the compiler's own
+@pytest.mark.parametrize("mode", ["mixture", "trial"])
+@pytest.mark.parametrize("how", ["wrapper", "in place"])
+def test_compiled_modules_are_searched_as_others_are(how: str, mode: str) -> None:
+    states = []
+    for each in ("not at all", how):
+        module = seeded(functools.partial(Compiled, each))
+        callback = search(("tanh", "elu"), mode=mode, lr=0.5)
+        fit(module, callback, max_epochs=4)
+        changes = {name.replace("_orig_mod.", ""): c.after for name, c in callback.plan_.activations.items()}
+        assert set(changes) == {"net.first.1", "net.relu#0"}
+        x = module.data.tensors[0][:4]
+        states.append(
+            (changes, {n.replace("_orig_mod.", ""): t for n, t in snapshot(module).items()}, module.logits(x))
+        )
+    assert states[0][0] == states[1][0]
+    assert_same(states[1][1], states[0][1])
+    assert_same(states[1][2], states[0][2])
+
+
 @pytest.mark.parametrize(("threshold", "shape"), [(True, ()), ("channel", (6,))], ids=str)
 def test_parameters_are_searched_per_site_or_channel(threshold: Any, shape: tuple[int, ...]) -> None:
     seen: list[Any] = []
