@@ -306,6 +306,15 @@ class Spy(Callback):
         function(trainer, module)
 
 
+def compiled(net: nn.Module, how: str, backend: str = "eager") -> Any:
+    """A network that is compiled as a "wrapper" or "in place"; anything else leaves it alone."""
+    if how == "wrapper":
+        return torch.compile(net, backend=backend)
+    if how == "in place":
+        net.compile(backend=backend)
+    return net
+
+
 def trainer_of(*callbacks: Callback, **options: Any) -> Trainer:
     """A quiet Trainer on the CPU."""
     quiet = {

@@ -28,10 +28,12 @@ _BOUNDED = frozenset({"sigmoid", "hardsigmoid", "tanh", "softsign", "hardtanh", 
 """Functions that make gates: what they give is multiplied by something."""
 
 _MULTIPLICATIONS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
-_MOVEMENTS = frozenset(
+_SAME_VALUES = frozenset(
     {"view", "reshape", "expand", "expand_as", "view_as", "unsqueeze", "squeeze", "permute", "transpose", "flatten"}
-    | {"unflatten", "contiguous", "broadcast_to", "movedim", "swapaxes", "clone", "detach", "to", "float", "double"}
+    | {"unflatten", "contiguous", "broadcast_to", "movedim", "swapaxes", "clone", "detach"}
+    | {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 )
+"""Functions that give the values of their first argument in another shape, place or type."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,11 @@ class Sites:
         return replace(self, sites=sites, left=tuple(left))
 
     def shared(self, owner: str) -> Sites:
-        """The same with all calls of a function in ``owner`` as one site: their number turned out to vary."""
+        """The same with all calls of a function in ``owner`` as one site: their number turned out to vary.
+
+        Of a function with a call that is to be left alone, all are.
+        """
+        kept = {site.function for site in self.left if site.owner == owner and site.call != ALL_CALLS}
         sites: list[Site] = []
         left = list(self.left)
         calls = [site for site in self.sites if site.owner == owner and site.module is None]
@@ -164,7 +170,7 @@ class Sites:
         for site in self.sites:
             if site.owner != owner:
                 sites.append(site)
-            elif site.module is not None:
+            elif site.module is not None or site.function in kept:
                 left.append(replace(site, left=_VARYING))
             elif site.function not in done:
                 done.add(site.function)
@@ -322,7 +328,7 @@ class SiteFinder(TorchFunctionMode):
         if entry is None or "out" in kwargs:
             self._follow(func, args)
             result = func(*args, **kwargs)
-            if getattr(func, "__name__", "") in _MOVEMENTS and args:
+            if getattr(func, "__name__", "") in _SAME_VALUES and args:
                 self._carry(args[0], result)
             return result
         x = args[0] if args else kwargs["input"]

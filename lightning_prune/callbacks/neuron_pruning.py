@@ -489,7 +489,8 @@ class NeuronPruning(StructureCallback):
             try:
                 alive[left] = self._select(rest, allowed[left], scores[left], amount, int(waiting.sum()))
             except PruningError as error:
-                if _ends(trainer) or not (bool(waiting.any()) or self._lacks(trainer)):
+                wait = not _ends(trainer) and (bool(waiting.any()) or self._lacks(trainer))
+                if not trainer.strategy.reduce_boolean_decision(wait, all=False):  # all processes do the same
                     raise
                 raise _TooFewJudgedError from error
             agreed: Tensor = trainer.strategy.broadcast(alive)

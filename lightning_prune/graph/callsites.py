@@ -361,14 +361,13 @@ class PatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, sizes rewritten and functions replaced."""
+        run = self._sized if self.patches else self._replaced
         if not self.shields:
-            return self._sized(*args, **kwargs) if self.patches else self._replaced(*args, **kwargs)
+            return run(*args, **kwargs)
         with shielded():
-            return self._sized(*args, **kwargs)
+            return run(*args, **kwargs)
 
     def _sized(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.patches:
-            return self._replaced(*args, **kwargs)
         with SizeRewriter(self.patches):
             return self._replaced(*args, **kwargs)
 

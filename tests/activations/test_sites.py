@@ -186,3 +186,20 @@ def test_unknown_names_are_refused_with_the_list() -> None:
         Choice.from_dict({"name": "rleu", "parameters": {}})
     with pytest.raises(PruningError, match="elu has no parameter 'slope'"):
         Choice.from_dict({"name": "elu", "parameters": {"slope": 1.0}})
+
+
+def test_calls_that_vary_are_one_site_only_if_all_of_them_may_be_replaced() -> None:
+    class Both(nn.Module):
+        """In training a further ReLU; the last one gives the output in both modes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.elu(F.relu(self.a(x)))
+            return F.relu(self.b(F.relu(x) if self.training else x))
+
+    found = find_activations(Both(), torch.randn(3, 4))
+    assert names(found.sites) == ["elu#all"]
+    assert {"relu#0", "relu#1", "relu#2"} == set(names(found.left))

@@ -30,6 +30,7 @@ from lightning_modules import (
     Task,
     assert_refused,
     assert_same,
+    compiled,
     conv_net,
     examples,
     fit,
@@ -538,13 +539,20 @@ def test_training_that_ends_early_keeps_the_best_so_far_and_says_so() -> None:
     assert not any("forward" in part.__dict__ for part in module.modules())
 
 
-def test_looking_for_thresholds_freezes_no_neurons() -> None:
-    module, callback = seeded(Task), neurons(0.5)
-    fit(module, search(("relu", "tanh"), threshold=True), callback, max_epochs=4)
-    alone = neurons(0.5)
-    fit(seeded(Task), alone, max_epochs=4)
+@pytest.mark.parametrize("name", ["own forward", "modules", "functions"])
+def test_looking_for_thresholds_freezes_no_neurons(name: str, tmp_path: Path) -> None:
+    def ours() -> list[Any]:
+        return [search(("relu", "tanh"), threshold=True), neurons(0.5)]
+
+    module, (searching, callback), alone = seeded(MODULES[name]), ours(), neurons(0.5)
+    fit(module, searching, callback, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), max_epochs=4)
+    fit(seeded(MODULES[name]), alone, max_epochs=4)
     assert [group.frozen for group in callback.groups_.frozen] == [group.frozen for group in alone.groups_.frozen]
     assert callback.groups_.neurons == alone.groups_.neurons
+    for epoch in range(3):
+        resumed = seeded(MODULES[name], 5)
+        fit(resumed, *ours(), max_epochs=4, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert_same(snapshot(resumed), snapshot(module))
 
 
 @pytest.mark.parametrize("mode", ["mixture", "trial"])
@@ -581,17 +589,12 @@ class Compiled(Task):
             def forward(self, x: Tensor) -> Tensor:
                 return self.second(F.relu(self.first(x) - 0.1))
 
-        super().__init__(Calls(), shape=(6,))
-        if how == "wrapper":
-            self.net = torch.compile(self.net, backend="eager")
-        elif how == "in place":
-            self.net.compile(backend="eager")
+        super().__init__(compiled(Calls(), how), shape=(6,))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.logits(batch[0]), batch[1])  # Lightning's log takes seconds to compile
 
 
-@pytest.mark.filterwarnings("ignore:.*")  # the compiler's own
 @pytest.mark.parametrize("mode", ["mixture", "trial"])
 @pytest.mark.parametrize("how", ["wrapper", "in place"])
 def test_compiled_modules_are_searched_as_others_are(how: str, mode: str) -> None:

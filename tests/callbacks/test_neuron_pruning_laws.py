@@ -43,6 +43,7 @@ from lightning_modules import (
     Task,
     WithForward,
     assert_same,
+    compiled,
     fit,
     left_hooks,
     mlp,
@@ -481,13 +482,10 @@ class Compiled(WithForward):
     """Its network is compiled, as a wrapper or in place."""
 
     def __init__(self, how: str, backend: str, **kwargs: Any) -> None:
-        super().__init__(mlp(6, 12, 10, CLASSES), **kwargs)
-        if how == "wrapper":
-            self.net = torch.compile(self.net, backend=backend)  # type: ignore[assignment]
-        elif how == "block":
-            self.net = nn.Sequential(self.net[0], torch.compile(self.net[1:], backend=backend))  # type: ignore[index, arg-type]
-        elif how == "in place":
-            self.net.compile(backend=backend)
+        net = mlp(6, 12, 10, CLASSES)
+        if how == "block":
+            net = nn.Sequential(net[0], compiled(net[1:], "wrapper", backend))
+        super().__init__(compiled(net, how, backend), **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.logits(batch[0]), batch[1])  # Lightning's log takes seconds to compile
