@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.replaced import CallReplacer, Replacement, shielded
 from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of, shape_of_input
+from lightning_prune.graph.tree import modules_of
 
 __all__ = [
     "Attribute",
@@ -218,7 +219,7 @@ class ModuleStack:
     @contextmanager
     def watch(self) -> Iterator[ModuleStack]:
         """Follow the model's module calls; ``on_leave`` hears the output of each outermost one."""
-        paths = {module: path for path, module in self.model.named_modules()}
+        paths = {module: path for path, module in modules_of(self.model).items()}
         # Running a metric or a loss again would tell nothing, and count an example twice.
         holders = [path for module, path in paths.items() if any(p is not None for p in module._parameters.values())]
         above = {path[:end] for path in holders for end in (*_ends(path), len(path))} | ({""} if holders else set())
@@ -398,7 +399,7 @@ def install_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
     Raises:
         PruningError: A patch names a module that the model doesn't have; nothing was installed.
     """
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     patches = list(patches)
     for patch in patches:
         if patch.site.module not in modules:
@@ -417,7 +418,7 @@ def install_patches(model: nn.Module, patches: Iterable[SizePatch]) -> None:
 
 def remove_patches(model: nn.Module) -> None:
     """Let every module ask for its own sizes again."""
-    for module in model.modules():
+    for module in modules_of(model).values():
         patched = _patched_forward(module)
         if patched is not None:
             patched.patches = {}
@@ -449,7 +450,7 @@ def replace_calls(
     Raises:
         PruningError: There is no such module; nothing was changed.
     """
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     shields = set(shields)
     for path in (*replacements, *shields):
         if path not in modules:
@@ -478,14 +479,14 @@ def _tell(
 
 def replaced_calls(model: nn.Module) -> tuple[dict[str, dict[tuple[str, int], Replacement]], list[str]]:
     """The replacements that ``model`` carries and the paths of its shields, as `replace_calls` takes them."""
-    owners = {path: each for path, m in model.named_modules() if (each := _patched_forward(m)) is not None}
+    owners = {path: each for path, m in modules_of(model).items() if (each := _patched_forward(m)) is not None}
     found = {path: dict(each.replacements) for path, each in owners.items() if each.replacements}
     return found, [path for path, each in owners.items() if each.shields]
 
 
 def installed_patches(model: nn.Module) -> list[SizePatch]:
     """The patches that ``model`` carries."""
-    owners = [patched for module in model.modules() if (patched := _patched_forward(module)) is not None]
+    owners = [patched for module in modules_of(model).values() if (patched := _patched_forward(module)) is not None]
     return [patch for owner in owners for patches in owner.patches.values() for patch in patches]
 
 
@@ -686,7 +687,7 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
         numeric: Takes module and name of those that were used as numbers.
     """
     planted: list[tuple[dict[str, Any], str, Any, Any]] = []
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         for name, value in list(module.__dict__.items()):
             if name in _OWN:
                 continue
@@ -704,7 +705,7 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
         for held, name, value, marked in planted:
             if held.get(name) is marked:
                 held[name] = value
-        for module in model.modules():  # what the forward itself has kept
+        for module in modules_of(model).values():  # what the forward itself has kept
             for name, value in list(module.__dict__.items()):
                 if name not in _OWN and _holds_numbers(value):
                     module.__dict__[name] = _plain(value)
@@ -727,6 +728,8 @@ class CallRecorder(TorchFunctionMode):
             for item in () if func is torch.arange else (*args, *kwargs.values()):
                 if isinstance(item, Number):  # such as x * self.width
                     item.told()
+            if func in _VALUE_READERS:
+                self.listener.value_read(args[0])
             result = func(*args, **kwargs)
             if func in _SHAPED_LIKE:
                 self.listener.shaped_like(result, args[1] if len(args) > 1 else kwargs["other"])
@@ -743,6 +746,9 @@ class CallRecorder(TorchFunctionMode):
 _SIZE_READERS = (Tensor.size, Tensor.shape.__get__, Tensor.numel, Tensor.nelement, torch.numel)  # type: ignore[attr-defined]
 
 
+_VALUE_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+"""What hands values to Python without an ATen call."""
+
 _PICKLES = Tensor._reduce_ex_internal.__code__
 """What reads sizes in order to write them to a file, where plain numbers belong."""
 
@@ -754,6 +760,9 @@ class CallListener(Protocol):
 
     def shaped_like(self, result: Tensor, other: Tensor) -> None:
         """A tensor took the shape of another."""
+
+    def value_read(self, tensor: Tensor) -> None:
+        """Python is about to read the values of a tensor."""
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """A size was read; what the forward gets in its place."""

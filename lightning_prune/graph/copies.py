@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.graph.trace import Trace
+from lightning_prune.graph.tree import modules_of
 
 __all__ = ["copies_of_trained", "original_of", "tie_copies", "trained_by"]
 
@@ -33,7 +34,7 @@ def copies_of_trained(model: nn.Module, trained: Collection[int]) -> dict[str, s
     Returns:
         Path of each copy -> path of what it is a copy of; no path is inside another.
     """
-    parts = {path: module for path, module in model.named_modules() if path}
+    parts = {path: module for path, module in modules_of(model).items() if path}
     held = {path: dict(module.named_parameters()) for path, module in parts.items()}
     kinds: dict[object, list[str]] = {}
     for path, module in parts.items():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.callsites import in_backward, untraced
 from lightning_prune.graph.trace import FLOP_FORMULAS
+from lightning_prune.graph.tree import modules_of
 
 __all__ = ["Observer", "Use", "rescaled"]
 
@@ -82,7 +83,7 @@ class Observer:
     @contextmanager
     def watch(self) -> Iterator[Observer]:
         """Follow the model's calls."""
-        modules = {m: path for path, m in self.model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+        modules = {m: path for path, m in modules_of(self.model).items() if not isinstance(m, torch.jit.ScriptModule)}
         measured = {m for m in modules if self.differences and next(m.parameters(), None) is not None}
 
         @torch._dynamo.disable  # type: ignore[untyped-decorator]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PruningError, TraceError
+from lightning_prune.graph.blanks import Held, ValuesNeededError, has_hooks
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
-from lightning_prune.graph.tree import tensors
+from lightning_prune.graph.tree import modules_of, tensors
 
 __all__ = [
     "as_calls",
@@ -97,7 +98,7 @@ def check_model(model: Any) -> None:
 
 def _has_one_mode(model: nn.Module) -> bool:
     """Whether a model refuses to change between training and evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in modules_of(model).values()}
     try:
         model.eval()
     except NotImplementedError:
@@ -121,7 +122,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
     """The GPUs that hold parameters of a model."""
-    tensors = (tensor for module in model.modules() for tensor in module._parameters.values() if tensor is not None)
+    tensors = (
+        tensor for module in modules_of(model).values() for tensor in module._parameters.values() if tensor is not None
+    )
     return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
 
 
@@ -137,8 +140,10 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's mode, what a forward writes to and the random state are put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    renormed = (m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None)  # by each forward
+    modes = {module: module.training for module in modules_of(model).values()}
+    renormed = (
+        m.weight for m in modules_of(model).values() if getattr(m, "max_norm", None) is not None
+    )  # by each forward
     written = [*model.buffers(), *(weight for weight in renormed if isinstance(weight, Tensor))]
     before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in written]
     devices = [device.index or 0 for device in cuda_devices(model)]
@@ -187,7 +192,7 @@ def plain_encoders(plain: bool = True) -> Iterator[None]:
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """A forward may put a new tensor in a buffer's place (``self.mean = ...``): the old ones come back afterwards."""
-    plain = (module._buffers for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
+    plain = (module._buffers for module in modules_of(model).values() if not isinstance(module, torch.jit.ScriptModule))
     held = [(registry, dict(registry)) for registry in plain if registry]
     try:
         yield
@@ -198,7 +203,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 def run_calls(model: nn.Module, calls: Sequence[ModuleCall]) -> list[Any]:
     """Run the model's calls again, in order, without gradients."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     with torch.no_grad(), same_buffers(model):
         return [modules[call.path](*call.args, **call.kwargs) for call in calls]
 
@@ -209,18 +214,44 @@ def traced(model: nn.Module, calls: Sequence[ModuleCall]) -> Trace:
     Raises:
         TraceError: The model raised.
     """
-    tracer = Tracer(model)
     with undisturbed(model):
-        model.eval()
+        trace = None if has_hooks(model) else _traced_blank(model, calls)
+        if trace is None:
+            trace = _traced(Tracer(model), model, calls)
+    return trace
+
+
+def _traced_blank(model: nn.Module, calls: Sequence[ModuleCall]) -> Trace | None:
+    """The trace of a run that calculates little; None where values are needed, or kept by the model."""
+    tracer, held = Tracer(model, blank=True), Held(model)
+    blanks = tracer.blanks
+    assert blanks is not None
+    try:
+        with undisturbed(model):
+            trace = _traced(tracer, model, calls)
+    except (ValuesNeededError, TraceError):  # a real run tells whether it is the model that fails
+        held.restore()
+        return None
+    except BaseException:
+        held.restore()
+        raise
+    if blanks.needed or any(map(blanks.holds, held.new())):
+        held.restore()
+        return None
+    return trace
+
+
+def _traced(tracer: Tracer, model: nn.Module, calls: Sequence[ModuleCall]) -> Trace:
+    model.eval()
+    _observe(tracer, model, calls)
+    if tracer.unread:  # such as auxiliary classifiers: they run, and read channels, in training only
+        model.train()
+        for module in modules_of(model).values():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()  # a batch of one has no statistics
+        costs, seen = tracer.trace.contractions[:], tracer.trace.calls[:]
         _observe(tracer, model, calls)
-        if tracer.unread:  # such as auxiliary classifiers: they run, and read channels, in training only
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()  # a batch of one has no statistics
-            costs, seen = tracer.trace.contractions[:], tracer.trace.calls[:]
-            _observe(tracer, model, calls)
-            tracer.trace.contractions, tracer.trace.calls = costs, seen
+        tracer.trace.contractions, tracer.trace.calls = costs, seen
     return tracer.trace
 
 

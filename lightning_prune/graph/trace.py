@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_prune.graph.blanks import Blanks
 from lightning_prune.graph.callsites import (
     Attribute,
     CallRecorder,
@@ -28,7 +29,7 @@ from lightning_prune.graph.callsites import (
 from lightning_prune.graph.labels import CALCULATES, Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction, input_of
-from lightning_prune.graph.tree import tensors
+from lightning_prune.graph.tree import modules_of, tensors
 
 __all__ = ["FLOP_FORMULAS", "AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
 
@@ -151,7 +152,8 @@ class _Dispatch(TorchDispatchMode):
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
-        out = func(*args, **kwargs)
+        blanks = self.tracer.blanks
+        out = func(*args, **kwargs) if blanks is None else blanks.run(func, args, kwargs)
         self.tracer.follow(func, args, kwargs, out)
         return out
 
@@ -162,9 +164,13 @@ class Tracer:
     What is known of activations lives in a dictionary with weak keys, so a trace holds no tensor alive.
     """
 
-    def __init__(self, model: nn.Module, *, wrapped: bool = False) -> None:
-        """Prepare to watch ``model``; ``wrapped``: it is called by another module, such as DDP, never directly."""
+    def __init__(self, model: nn.Module, *, wrapped: bool = False, blank: bool = False) -> None:
+        """Prepare to watch ``model``.
+
+        ``wrapped``: it is called by another module, such as DDP, never directly; ``blank``: it need not calculate.
+        """
         self.trace = Trace()
+        self.blanks = Blanks(self._is_static) if blank else None
         self.stepping = False
         self.paused = False
         self._model = model
@@ -180,11 +186,11 @@ class Tracer:
         self._literal: list[Tensor] = []
         self._constants: Any = WeakTensorKeyDictionary()
         """Tensors that Python makes of numbers, and those that modules hold without registering them."""
-        for module in model.modules():
+        for module in modules_of(model).values():
             for value in module.__dict__.values():
                 if isinstance(value, Tensor) and value not in self._known:
                     self._constants[value] = True
-        self._scripted = [f"{p}." for p, m in model.named_modules() if p and isinstance(m, torch.jit.ScriptModule)]
+        self._scripted = [f"{p}." for p, m in modules_of(model).items() if p and isinstance(m, torch.jit.ScriptModule)]
         self.trace.parameters.update(parameters)
         for name, tensor in tensors.items():
             self._add_leaves(name, tensor)
@@ -437,6 +443,11 @@ class Tracer:
             for one, wanted in zip(self._labels_of(result), self._labels_of(other), strict=True):
                 self.trace.book.unify(one, wanted, where)
 
+    def value_read(self, tensor: Tensor) -> None:
+        """Python is about to read the values of a tensor."""
+        if self.blanks is not None:
+            self.blanks.read(tensor)
+
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """Mark the sizes of labelled dimensions: what is calculated from them changes with their number.
 
@@ -480,7 +491,9 @@ class Tracer:
         if site is not None:
             for place, labels, index in self._picked(kind, site, args, kwargs):
                 known_labels, known_index = self.trace.picked.setdefault((site, place), (labels, index))
-                if len(known_labels) == len(labels) and torch.equal(known_index, index):
+                with untraced():
+                    same = len(known_labels) == len(labels) and torch.equal(known_index, index)
+                if same:
                     self.trace.book.unify(known_labels, labels, "")
                 else:
                     for different in (known_labels, labels):

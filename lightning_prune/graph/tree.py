@@ -1,4 +1,4 @@
-"""Trees of tensors: what a forward takes and gives, whatever it is packed in."""
+"""Trees: the modules of a model, the tensors that a forward takes and gives, whatever they are packed in."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["leaves", "tensors"]
+__all__ = ["leaves", "modules_of", "tensors"]
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -45,3 +45,21 @@ def _contents(leaf: Any) -> list[Any] | None:
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a tree."""
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def modules_of(model: nn.Module) -> dict[str, Any]:
+    """What ``dict(model.named_modules())`` is, in a fraction of its time: deep models are walked often."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found[path] = module
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            parts = [(prefix + name, part) for name, part in module._modules.items() if part is not None]
+            waiting += reversed(parts)
+    return found

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import named_tensors, same_buffers
-from lightning_prune.graph.tree import leaves
+from lightning_prune.graph.tree import leaves, modules_of
 
 __all__ = [
     "TOLERANCE",
@@ -100,7 +100,7 @@ class MaskedModel:
         for name in self.kept:
             if name in self.own and tensors[name].numel() > self.LARGE and isinstance(tensors[name], nn.Parameter):
                 found.setdefault(name.rpartition(".")[0], []).append(name)
-        modules = dict(self.model.named_modules())
+        modules = modules_of(self.model)
         return {
             modules[path]: names
             for path, names in found.items()
@@ -115,7 +115,7 @@ class MaskedModel:
 
     def outputs(self, calls: Sequence[ModuleCall]) -> list[Any]:
         """What the model's calls give."""
-        modules = dict(self.model.named_modules())
+        modules = modules_of(self.model)
         results = []
         with self._standing_in(), self._in_passing(), self._kept_norms():
             for call in calls:
@@ -132,7 +132,7 @@ class MaskedModel:
         masked = {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}
         held: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
-            for module in self.model.modules():
+            for module in modules_of(self.model).values():
                 registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for registry in registries:
                     for key, tensor in list(registry.items()):
@@ -156,7 +156,7 @@ class MaskedModel:
         kinds = {nn.LayerNorm: "native_layer_norm", nn.RMSNorm: "_fused_rms_norm"}
         return {
             f"{kinds[type(module)]} in {path}": torch.as_tensor(self.kept[f"{path}.weight"][0])
-            for path, module in self.model.named_modules()
+            for path, module in modules_of(self.model).items()
             if type(module) in kinds and len(module.normalized_shape) == 1 and f"{path}.weight" in self.kept
         }
 

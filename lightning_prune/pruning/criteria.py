@@ -13,6 +13,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall, untraced
 from lightning_prune.graph.groups import NO_UNIT, Groups, Slice
 from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
+from lightning_prune.graph.tree import modules_of
 from lightning_prune.pruning.weight_criteria import CONVOLUTIONS, TRANSPOSED
 
 __all__ = ["NEURON_CRITERIA", "NeuronCriterion", "collect_now", "get_neuron_criterion", "relative"]
@@ -157,7 +158,7 @@ class NormScale(NeuronCriterion):
     advice = ": no norm layer with a scale follows any of them"
 
     def _scales(self, model: nn.Module, groups: Groups) -> list[tuple[str, Tensor]]:
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
         return [
             (name, extent.unit_of)
@@ -421,7 +422,7 @@ def _ends(model: nn.Module) -> dict[str, int]:
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-    return {path: module for path, module in model.named_modules() if type(module) in kinds}
+    return {path: module for path, module in modules_of(model).items() if type(module) in kinds}
 
 
 class Custom(NeuronCriterion):

@@ -31,7 +31,7 @@ from lightning_prune.graph.labels import CALCULATES
 from lightning_prune.graph.numbers import numbers_of, where_numbers_differ
 from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection, plain_encoders, run_calls, undisturbed
 from lightning_prune.graph.sized import SHAPES
-from lightning_prune.graph.tree import leaves
+from lightning_prune.graph.tree import leaves, modules_of
 from lightning_prune.graph.tree import tensors as tensors_of
 from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs
 from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative
@@ -506,7 +506,7 @@ class _Check:
         patches, actual = _patch_sizes(model, groups, alive, self.calls, asked)
         if patches:
             actual = run_calls(model, self.calls)
-        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in modules_of(model).values()):
             with plain_encoders(False):  # as users run them
                 actual = run_calls(model, self.calls)
         for call, wanted, got in zip(self.calls, self.expected, actual, strict=True):
@@ -584,7 +584,7 @@ def _numbers(
     model: nn.Module, groups: Groups, alive: Tensor, kept: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Value]]:
     """The integers that modules hold and that must change: those used as sizes, and those that tell a width."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     found: dict[str, dict[str, Value]] = {}
     for site, size in groups.numbers(alive).items():
         held = modules[site.module].__dict__.get(site.name)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups
 from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
+from lightning_prune.graph.tree import modules_of
 from lightning_prune.pruning.weight_criteria import CONVOLUTIONS
 
 __all__ = ["COMPENSATIONS", "Repair", "add_to", "recalibrate"]
@@ -89,7 +90,7 @@ class Repair:
         if compensate is None and not bool(idle.any()):
             return cls()
         readers = {}
-        for path, module in model.named_modules():
+        for path, module in modules_of(model).items():
             name = f"{path}.weight" if path else "weight"
             extent = groups.extents.get((name, 1))
             if type(module) not in (nn.Linear, *CONVOLUTIONS) or 1 not in kept.get(name, {}) or extent is None:
@@ -115,7 +116,7 @@ class Repair:
 
     @contextmanager
     def _listening(self, model: nn.Module) -> Iterator[None]:
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         outputs: dict[int, tuple[Tensor, str]] = {}
         norms = {id(m): path for path, m in modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
@@ -164,7 +165,7 @@ class Repair:
     @torch.no_grad()
     def changes(self, model: nn.Module) -> dict[str, Tensor]:
         """After the removal: what is to be added to weights, biases and running means, by name."""
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         found: dict[str, Tensor] = {}
         for path, reader in self.readers.items():
             prefix = f"{path}." if path else ""
@@ -258,7 +259,7 @@ def recalibrate(model: nn.Module, batches: Sequence[Sequence[ModuleCall]], reduc
     training = model.training
     layers = [
         module
-        for module in model.modules()
+        for module in modules_of(model).values()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.running_mean is not None
         and (module.training or not training)

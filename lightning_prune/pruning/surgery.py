@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import named_tensors
+from lightning_prune.graph.tree import modules_of
 from lightning_prune.pruning.attention import NarrowAttention, install_narrow_attention, remove_narrow_attention
 from lightning_prune.pruning.change import Attributes, Change, Indices, Replaced, Undo, Value, refer, setter, take
 from lightning_prune.pruning.optimizers import follow
@@ -85,7 +86,7 @@ def shrink(
         if id(old) not in replaced:
             new = _shrunk(old, dims)
             replaced[id(old)] = (old, _renumbered(new, counts[name]) if name in counts else new, dims)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     for path in numbers or {}:
         if path not in modules:
             raise PruningError(f"{type(model).__name__} has no module {path!r}")
@@ -351,7 +352,7 @@ def enlarge(model: nn.Module, shapes: Mapping[str, Sequence[int]], attributes: A
             larger[id(old)] = data
             if isinstance(old, nn.Parameter):
                 larger[id(old)] = _stand_in(nn.Parameter(data, old.requires_grad), old)
-    for path, module in model.named_modules():
+    for path, module in modules_of(model).items():
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
                 if tensor is not None and id(tensor) in larger:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.run import cuda_devices, run_calls, undisturbed
+from lightning_prune.graph.tree import modules_of
 from lightning_prune.graph.verify import compare_outputs
 from lightning_prune.pruning.surgery import Change
 
@@ -47,7 +48,7 @@ def checked(
     """
     if calls is None:
         return change()
-    modes = {path: module.training for path, module in model.named_modules()}
+    modes = {path: module.training for path, module in modules_of(model).items()}
     with undisturbed(model):
         model.eval()
         repeated, expected = _expected(model, twin, calls)
@@ -61,7 +62,7 @@ def checked(
             if not isinstance(error, Exception):  # such as the user's Ctrl-C
                 raise
             raise SurgeryError(f"Can't {what}: {error}\nThe model is as it was.") from error
-    for path, module in model.named_modules():  # those that are new came in evaluation mode
+    for path, module in modules_of(model).items():  # those that are new came in evaluation mode
         module.training = modes.get(path, module.training)
     return done
 
