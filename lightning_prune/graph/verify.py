@@ -23,8 +23,10 @@ __all__ = [
     "OutputsDifferError",
     "compare_outputs",
     "compare_shapes",
+    "doubled",
     "kept_masks",
     "masked_tensors",
+    "standing_in",
 ]
 
 
@@ -129,23 +131,8 @@ class MaskedModel:
 
         `torch.func.functional_call` does not: a module of two names whose weight is tied keeps what was put there.
         """
-        masked = {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}
-        held: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for module in modules_of(self.model).values():
-                registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                for registry in registries:
-                    for key, tensor in list(registry.items()):
-                        if tensor is not None and id(tensor) in masked:
-                            held.append((registry, key, tensor))
-                            stand_in = masked[id(tensor)]
-                            if isinstance(tensor, nn.Parameter):
-                                stand_in = nn.Parameter(stand_in, requires_grad=False)
-                            registry[key] = stand_in
+        with standing_in(self.model, {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}):
             yield
-        finally:
-            for registry, key, tensor in held:
-                registry[key] = tensor
 
     @cached_property
     def norms(self) -> dict[str, Tensor]:
@@ -216,6 +203,38 @@ class MaskedModel:
                 hook.remove()
             for module in list(held):
                 leave(module, None, None)
+
+
+@contextmanager
+def standing_in(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, other tensors are in the places of a model's own, by the ids of these."""
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    placed: dict[int, Tensor] = {}
+    try:
+        for module in modules_of(model).values():
+            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for registry in registries:
+                for key, tensor in list(registry.items()):
+                    if tensor is not None and id(tensor) in tensors:
+                        held.append((registry, key, tensor))
+                        if id(tensor) not in placed:
+                            other = tensors[id(tensor)]
+                            is_parameter = isinstance(tensor, nn.Parameter)
+                            placed[id(tensor)] = nn.Parameter(other, requires_grad=False) if is_parameter else other
+                        registry[key] = placed[id(tensor)]
+        yield
+    finally:
+        for registry, key, tensor in held:
+            registry[key] = tensor
+
+
+@contextmanager
+def doubled(model: nn.Module, really: bool = True) -> Iterator[None]:
+    """Inside, the parameters and buffers of a model are in double precision, which hardly rounds."""
+    own = named_tensors(model).values() if really else ()
+    real = [tensor for tensor in own if tensor.is_floating_point() and tensor.dtype != torch.float64]
+    with standing_in(model, {id(tensor): tensor.detach().double() for tensor in real}):
+        yield
 
 
 def _norm_over(module: Any, index: Tensor, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves, modules_of
 from lightning_prune.graph.tree import tensors as tensors_of
-from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs
+from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs, doubled
 from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative
 from lightning_prune.pruning.latency import macs_for_latency
 from lightning_prune.pruning.plan import Plan
@@ -391,11 +391,12 @@ def _attempt(
     calls: Sequence[ModuleCall] | None = None,
     *,
     explain: bool = False,
+    exact: bool = False,
 ) -> tuple[Plan, Change]:
     """The removal, and how to take it back.
 
     ``calls``: those that the model can repeat, where that is known; ``explain``: where the outputs differ, look whether
-    the forward calculates with a size.
+    the forward calculates with a size; ``exact``: compare in double precision.
     """
     kept = groups.kept(alive)
     before = installed_patches(model)
@@ -419,19 +420,28 @@ def _attempt(
                 # Traced in training mode, say: other numbers of rows than those of the trace may be right now.
                 watching.enter_context(seen.stack.watch())
                 watching.enter_context(seen)
-            check = _Check.of(masked, groups, calls, compare=verify and not mixed)
+            with doubled(model, exact):
+                check = _Check.of(masked, groups, calls, compare=verify and not mixed, exact=exact)
         change = shrink(model, kept, optimizers, counts=counts, numbers=_numbers(model, groups, alive, kept, tensors))
         change.steps.insert(0, lambda: _restore_patches(model, before))
         try:
-            with undisturbed(model):
+            with undisturbed(model), doubled(model, exact):
                 patches = check.passes(model, groups, alive, seen.asked)
         except BaseException as error:
+            if exact:
+                change.undo()
+                raise
             numbers = numbers_of(model, check.calls) if explain and isinstance(error, OutputsDifferError) else None
             change.undo()
             if numbers is not None and (where := where_numbers_differ(numbers_of(model, check.calls), numbers)):
                 raise SurgeryError(f"{CALCULATES}{where}") from None
             if not isinstance(error, Exception):  # such as the user's Ctrl-C
                 raise
+            if isinstance(error, OutputsDifferError) and not exact and _rounds(model):
+                # A threshold or a ranking, of boxes say, makes much of a rounding error: one that double precision
+                # hardly has. Where that fails as well, this error tells.
+                with suppress(Exception):
+                    return _attempt(model, groups, alive, optimizers, verify, calls, explain=explain, exact=True)
             able = check.repeatable(model)
             if len(able) < len(check.calls):
                 return _attempt(model, groups, alive, optimizers, verify, able, explain=explain)
@@ -487,10 +497,21 @@ class _Check:
         calls: Sequence[ModuleCall] | None,
         *,
         compare: bool,
+        exact: bool,
     ) -> _Check:
-        """Before the removal: run the masked model, or where nothing can be compared, note the shapes."""
+        """Before the removal: run the masked model, or where nothing can be compared, note the shapes.
+
+        Raises:
+            SurgeryError: ``exact``, and the model does not run in double precision.
+        """
         if calls is None:
             calls = [call for call in groups.calls if call.repeatable]
+        if exact:
+            calls = [_in_double(call) for call in calls]
+            try:
+                return cls(calls, masked.outputs(calls))
+            except Exception as error:
+                raise SurgeryError(f"{type(masked.model).__name__} can't run in double precision") from error
         if not compare:
             return cls(calls, [None] * len(calls))
         return _on_smaller_images(masked, groups, calls) or cls(*_run_masked(masked, calls))
@@ -531,6 +552,17 @@ class _Check:
             else:
                 able.append(call)
         return able
+
+
+def _in_double(call: ModuleCall) -> ModuleCall:
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return replace(call, args=tree_map(double, call.args), kwargs=tree_map(double, call.kwargs))
+
+
+def _rounds(model: nn.Module) -> bool:
+    return any(each.is_floating_point() and each.dtype != torch.float64 for each in model.parameters())
 
 
 def _listed(shapes: Iterable[Any]) -> str:
@@ -652,7 +684,7 @@ def _on_smaller_images(masked: MaskedModel, groups: Groups, given: Sequence[Modu
 
     def corner(leaf: Any) -> Any:
         nonlocal cut
-        if not isinstance(leaf, Tensor) or leaf.dim() < 4 or min(leaf.shape[-2:]) < 2 * SMALL:
+        if not isinstance(leaf, Tensor) or leaf.dim() < 4 or min(leaf.shape[-2:]) < 1.5 * SMALL:
             return leaf
         cut += 1
         return leaf[..., :SMALL, :SMALL]

@@ -827,3 +827,60 @@ def test_a_head_size_that_a_forward_calculates_from_a_width_stays() -> None:
     assert not [reason for reason in plan.frozen.values() if "fails" in reason]
     assert plan.kept["features.1.0.attn.qkv.weight"][1]
     assert model(inputs((3, 16, 16))).shape == (2, 3)
+
+
+class Amplifying(nn.Module):
+    """Makes much of a rounding error, as a ranking of nearly equal scores does."""
+
+    def __init__(self, own: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        self.head = nn.Linear(64, 3)
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net(x if self.own is None else x.to(self.own))
+        scores = self.head(x)
+        return scores + (scores * 1e5).frac()
+
+
+def test_differences_that_are_rounding_refuse_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Amplifying().train(), torch.rand(16, 6)
+    twin, head, mean = copy.deepcopy(model), model.head.bias, model.net[1].running_mean
+    plan = prune_neurons(model, x, 0.5)
+    assert plan.kept["net.0.weight"][0] == plan.kept["net.1.weight"][0]
+    assert all("differs" not in why for why in plan.frozen.values())
+    assert n_params(model) < n_params(twin)
+    assert {each.dtype for each in model.state_dict().values()} == {torch.float32, torch.int64}
+    assert model.head.bias is head
+    assert model.training
+    assert mean is not None
+    assert torch.equal(model.net[1].running_mean, mean[plan.kept["net.1.running_mean"][0]])
+    scores = model.eval().head(model.net(x))
+    masked = masked_twin(twin, plan.kept).eval()
+    torch.testing.assert_close(scores, masked.head(masked.net(x)))
+
+
+def test_what_does_not_run_in_double_is_judged_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = Amplifying(torch.float32)
+    x = torch.rand(16, 6)
+    groups = find_groups(model, x)
+    alive = torch.ones(groups.ranges[-1].stop, dtype=torch.bool)
+    alive[::2] = False
+    snapshot = Snapshot(model)
+    with pytest.raises(SurgeryError, match="differs from the masked model's"):
+        remove_neurons(model, groups, alive)
+    snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_rule_is_found_in_other_precisions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda n, x: n.b(n.a(x).softmax(1)), a=nn.Linear(3, 8), b=nn.Linear(8, 2)).to(dtype)
+    monkeypatch.setattr("lightning_prune.graph.rules.table.Call.mix", lambda *args: None)
+    x = torch.rand(4, 3, dtype=dtype)
+    snapshot = Snapshot(model)
+    with pytest.raises(PruningError, match="its removal fails: output 0 differs from the masked model's"):
+        prune_neurons(model, x, 0.5)
+    snapshot.assert_unchanged()
