@@ -832,8 +832,9 @@ def test_a_head_size_that_a_forward_calculates_from_a_width_stays() -> None:
 class Amplifying(nn.Module):
     """Makes much of a rounding error, as a ranking of nearly equal scores does."""
 
-    def __init__(self, own: torch.dtype | None = None) -> None:
+    def __init__(self, own: torch.dtype | None = None, much: float = 1e5) -> None:
         super().__init__()
+        self.much = much
         self.net = nn.Sequential(nn.Linear(6, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
         self.head = nn.Linear(64, 3)
         self.own = own
@@ -841,7 +842,7 @@ class Amplifying(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.net(x if self.own is None else x.to(self.own))
         scores = self.head(x)
-        return scores + (scores * 1e5).frac()
+        return scores + (scores * self.much).frac()
 
 
 def test_differences_that_are_rounding_refuse_nothing() -> None:
@@ -864,7 +865,7 @@ def test_differences_that_are_rounding_refuse_nothing() -> None:
 
 def test_what_does_not_run_in_double_is_judged_as_it_is() -> None:
     torch.manual_seed(0)
-    model = Amplifying(torch.float32)
+    model = Amplifying(torch.float32, 1e7)
     x = torch.rand(16, 6)
     groups = find_groups(model, x)
     alive = torch.ones(groups.ranges[-1].stop, dtype=torch.bool)
