@@ -728,8 +728,6 @@ class CallRecorder(TorchFunctionMode):
             for item in () if func is torch.arange else (*args, *kwargs.values()):
                 if isinstance(item, Number):  # such as x * self.width
                     item.told()
-            if func in _VALUE_READERS:
-                self.listener.value_read(args[0])
             result = func(*args, **kwargs)
             if func in _SHAPED_LIKE:
                 self.listener.shaped_like(result, args[1] if len(args) > 1 else kwargs["other"])
@@ -746,9 +744,6 @@ class CallRecorder(TorchFunctionMode):
 _SIZE_READERS = (Tensor.size, Tensor.shape.__get__, Tensor.numel, Tensor.nelement, torch.numel)  # type: ignore[attr-defined]
 
 
-_VALUE_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
-"""What hands values to Python without an ATen call."""
-
 _PICKLES = Tensor._reduce_ex_internal.__code__
 """What reads sizes in order to write them to a file, where plain numbers belong."""
 
@@ -760,9 +755,6 @@ class CallListener(Protocol):
 
     def shaped_like(self, result: Tensor, other: Tensor) -> None:
         """A tensor took the shape of another."""
-
-    def value_read(self, tensor: Tensor) -> None:
-        """Python is about to read the values of a tensor."""
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """A size was read; what the forward gets in its place."""

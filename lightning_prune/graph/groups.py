@@ -625,9 +625,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     """Find which slices of which parameters of a model can only be removed together.
 
     The model is run once on the inputs (twice, in both modes, where some parameters are used in training only);
-    its parameters, buffers, mode and the random state are afterwards what they were. Convolutions and products of
-    matrices give zeros in this run, which takes their time away; where values decide what happens next, the model
-    keeps what it calculates, or modules have hooks, it is run as it is.
+    its parameters, buffers, mode and the random state are afterwards what they were.
 
     Args:
         model: Any module; it is not changed.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.errors import PruningError, TraceError
-from lightning_prune.graph.blanks import Held, ValuesNeededError, has_hooks
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
 from lightning_prune.graph.tree import modules_of, tensors
@@ -214,44 +213,18 @@ def traced(model: nn.Module, calls: Sequence[ModuleCall]) -> Trace:
     Raises:
         TraceError: The model raised.
     """
+    tracer = Tracer(model)
     with undisturbed(model):
-        trace = None if has_hooks(model) else _traced_blank(model, calls)
-        if trace is None:
-            trace = _traced(Tracer(model), model, calls)
-    return trace
-
-
-def _traced_blank(model: nn.Module, calls: Sequence[ModuleCall]) -> Trace | None:
-    """The trace of a run that calculates little; None where values are needed, or kept by the model."""
-    tracer, held = Tracer(model, blank=True), Held(model)
-    blanks = tracer.blanks
-    assert blanks is not None
-    try:
-        with undisturbed(model):
-            trace = _traced(tracer, model, calls)
-    except (ValuesNeededError, TraceError):  # a real run tells whether it is the model that fails
-        held.restore()
-        return None
-    except BaseException:
-        held.restore()
-        raise
-    if blanks.needed or any(map(blanks.holds, held.new())):
-        held.restore()
-        return None
-    return trace
-
-
-def _traced(tracer: Tracer, model: nn.Module, calls: Sequence[ModuleCall]) -> Trace:
-    model.eval()
-    _observe(tracer, model, calls)
-    if tracer.unread:  # such as auxiliary classifiers: they run, and read channels, in training only
-        model.train()
-        for module in modules_of(model).values():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.eval()  # a batch of one has no statistics
-        costs, seen = tracer.trace.contractions[:], tracer.trace.calls[:]
+        model.eval()
         _observe(tracer, model, calls)
-        tracer.trace.contractions, tracer.trace.calls = costs, seen
+        if tracer.unread:  # such as auxiliary classifiers: they run, and read channels, in training only
+            model.train()
+            for module in modules_of(model).values():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()  # a batch of one has no statistics
+            costs, seen = tracer.trace.contractions[:], tracer.trace.calls[:]
+            _observe(tracer, model, calls)
+            tracer.trace.contractions, tracer.trace.calls = costs, seen
     return tracer.trace
 
 

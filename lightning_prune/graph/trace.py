@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_prune.graph.blanks import Blanks
 from lightning_prune.graph.callsites import (
     Attribute,
     CallRecorder,
@@ -152,8 +151,7 @@ class _Dispatch(TorchDispatchMode):
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
-        blanks = self.tracer.blanks
-        out = func(*args, **kwargs) if blanks is None else blanks.run(func, args, kwargs)
+        out = func(*args, **kwargs)
         self.tracer.follow(func, args, kwargs, out)
         return out
 
@@ -164,13 +162,9 @@ class Tracer:
     What is known of activations lives in a dictionary with weak keys, so a trace holds no tensor alive.
     """
 
-    def __init__(self, model: nn.Module, *, wrapped: bool = False, blank: bool = False) -> None:
-        """Prepare to watch ``model``.
-
-        ``wrapped``: it is called by another module, such as DDP, never directly; ``blank``: it need not calculate.
-        """
+    def __init__(self, model: nn.Module, *, wrapped: bool = False) -> None:
+        """Prepare to watch ``model``; ``wrapped``: it is called by another module, such as DDP, never directly."""
         self.trace = Trace()
-        self.blanks = Blanks(self._is_static) if blank else None
         self.stepping = False
         self.paused = False
         self._model = model
@@ -442,11 +436,6 @@ class Tracer:
             where = f"takes the shape of another tensor in {self._stack.path or 'the model itself'}"
             for one, wanted in zip(self._labels_of(result), self._labels_of(other), strict=True):
                 self.trace.book.unify(one, wanted, where)
-
-    def value_read(self, tensor: Tensor) -> None:
-        """Python is about to read the values of a tensor."""
-        if self.blanks is not None:
-            self.blanks.read(tensor)
 
     def size_read(self, tensor: Tensor, size: Any, dim: tuple[Any, ...]) -> Any:
         """Mark the sizes of labelled dimensions: what is calculated from them changes with their number.
