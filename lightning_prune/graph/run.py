@@ -121,10 +121,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
     """The GPUs that hold parameters of a model."""
-    tensors = (
-        tensor for module in modules_of(model).values() for tensor in module._parameters.values() if tensor is not None
-    )
-    return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
+    held = (tensor for module in modules_of(model).values() for tensor in module._parameters.values())
+    return sorted({tensor.device for tensor in held if tensor is not None and tensor.is_cuda}, key=str)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -139,10 +137,9 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's mode, what a forward writes to and the random state are put back afterwards."""
-    modes = {module: module.training for module in modules_of(model).values()}
-    renormed = (
-        m.weight for m in modules_of(model).values() if getattr(m, "max_norm", None) is not None
-    )  # by each forward
+    modules = modules_of(model).values()
+    modes = {module: module.training for module in modules}
+    renormed = (m.weight for m in modules if getattr(m, "max_norm", None) is not None)  # by each forward
     written = [*model.buffers(), *(weight for weight in renormed if isinstance(weight, Tensor))]
     before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in written]
     devices = [device.index or 0 for device in cuda_devices(model)]
