@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
@@ -20,13 +22,16 @@ from lightning_prune.graph.tree import modules_of, tensors
 
 __all__ = [
     "as_calls",
+    "cast",
     "check_model",
     "cuda_devices",
+    "doubled",
     "named_tensors",
     "no_collection",
     "plain_encoders",
     "run_calls",
     "same_buffers",
+    "standing_in",
     "traced",
     "undisturbed",
 ]
@@ -195,6 +200,61 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for registry, buffers in held:
             registry.update(buffers)
+
+
+@contextmanager
+def standing_in(
+    model: nn.Module, values: Mapping[int, Tensor], flags: Collection[int] = ()
+) -> Iterator[dict[int, Tensor]]:
+    """Inside, the model holds other tensors: ``values``, by the id of the own; those in ``flags`` require gradients.
+
+    Its own are not touched: a gradient hook, such as DDP's, is lost where a parameter's data changes its dtype.
+    """
+    own = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    stand_ins = {
+        key: nn.Parameter(value, requires_grad=key in flags) if isinstance(own[key], nn.Parameter) else value
+        for key, value in values.items()
+    }
+    held: list[tuple[dict[Any, Any], Any, Any]] = []
+    try:
+        for module in modules_of(model).values():
+            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for registry in registries:
+                for name, tensor in list(registry.items()):
+                    if id(tensor) in stand_ins:
+                        held.append((registry, name, tensor))
+                        registry[name] = stand_ins[id(tensor)]
+            if isinstance(module, nn.RNNBase):
+                held.append((module.__dict__, "_flat_weights", module._flat_weights))
+                module.__dict__["_flat_weights"] = [
+                    stand_ins.get(id(weight), weight) for weight in module._flat_weights
+                ]
+            if "FSDPModule" in {cls.__name__ for cls in type(module).__mro__}:  # its hooks would bring its own back
+                for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                    held.append((module.__dict__, hooks, module.__dict__[hooks]))
+                    module.__dict__[hooks] = OrderedDict()
+        yield stand_ins
+    finally:
+        for registry, name, value in reversed(held):
+            registry[name] = value
+
+
+@contextmanager
+def doubled(model: nn.Module, really: bool = True) -> Iterator[None]:
+    """Inside, the parameters and buffers of a model are in double precision, which hardly rounds."""
+    own = named_tensors(model).values() if really else ()
+    real = [tensor for tensor in own if tensor.is_floating_point() and tensor.dtype != torch.float64]
+    with standing_in(model, {id(tensor): tensor.detach().double() for tensor in real}):
+        yield
+
+
+def cast(call: ModuleCall, dtype: torch.dtype | None) -> ModuleCall:
+    """The same call with its floating-point tensors in another dtype (None: their own)."""
+
+    def converted(leaf: Any) -> Any:
+        return leaf.to(dtype) if dtype and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return replace(call, args=tree_map(converted, call.args), kwargs=tree_map(converted, call.kwargs))
 
 
 def run_calls(model: nn.Module, calls: Sequence[ModuleCall]) -> list[Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import named_tensors, same_buffers
+from lightning_prune.graph.run import named_tensors, same_buffers, standing_in
 from lightning_prune.graph.tree import leaves, modules_of
 
 __all__ = [
@@ -23,10 +23,8 @@ __all__ = [
     "OutputsDifferError",
     "compare_outputs",
     "compare_shapes",
-    "doubled",
     "kept_masks",
     "masked_tensors",
-    "standing_in",
 ]
 
 
@@ -119,20 +117,14 @@ class MaskedModel:
         """What the model's calls give."""
         modules = modules_of(self.model)
         results = []
-        with self._standing_in(), self._in_passing(), self._kept_norms():
+        # In every place of a tensor, which `torch.func.functional_call` does not leave all of: a module of two names
+        # whose weight is tied keeps what was put there.
+        masked = {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}
+        with standing_in(self.model, masked), self._in_passing(), self._kept_norms():
             for call in calls:
                 with torch.no_grad(), same_buffers(self.model):
                     results.append(modules[call.path](*call.args, **call.kwargs))
         return results
-
-    @contextmanager
-    def _standing_in(self) -> Iterator[None]:
-        """The masked tensors are in every place where the model holds the whole ones, and leave all of them.
-
-        `torch.func.functional_call` does not: a module of two names whose weight is tied keeps what was put there.
-        """
-        with standing_in(self.model, {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}):
-            yield
 
     @cached_property
     def norms(self) -> dict[str, Tensor]:
@@ -203,38 +195,6 @@ class MaskedModel:
                 hook.remove()
             for module in list(held):
                 leave(module, None, None)
-
-
-@contextmanager
-def standing_in(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, other tensors are in the places of a model's own, by the ids of these."""
-    held: list[tuple[dict[str, Any], str, Tensor]] = []
-    placed: dict[int, Tensor] = {}
-    try:
-        for module in modules_of(model).values():
-            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for registry in registries:
-                for key, tensor in list(registry.items()):
-                    if tensor is not None and id(tensor) in tensors:
-                        held.append((registry, key, tensor))
-                        if id(tensor) not in placed:
-                            other = tensors[id(tensor)]
-                            is_parameter = isinstance(tensor, nn.Parameter)
-                            placed[id(tensor)] = nn.Parameter(other, requires_grad=False) if is_parameter else other
-                        registry[key] = placed[id(tensor)]
-        yield
-    finally:
-        for registry, key, tensor in held:
-            registry[key] = tensor
-
-
-@contextmanager
-def doubled(model: nn.Module, really: bool = True) -> Iterator[None]:
-    """Inside, the parameters and buffers of a model are in double precision, which hardly rounds."""
-    own = named_tensors(model).values() if really else ()
-    real = [tensor for tensor in own if tensor.is_floating_point() and tensor.dtype != torch.float64]
-    with standing_in(model, {id(tensor): tensor.detach().double() for tensor in real}):
-        yield
 
 
 def _norm_over(module: Any, index: Tensor, x: Tensor) -> Tensor:

@@ -29,11 +29,20 @@ from lightning_prune.graph.copies import tie_copies
 from lightning_prune.graph.groups import Group, Groups, draw_groups, find_groups
 from lightning_prune.graph.labels import CALCULATES
 from lightning_prune.graph.numbers import numbers_of, where_numbers_differ
-from lightning_prune.graph.run import cuda_devices, named_tensors, no_collection, plain_encoders, run_calls, undisturbed
+from lightning_prune.graph.run import (
+    cast,
+    cuda_devices,
+    doubled,
+    named_tensors,
+    no_collection,
+    plain_encoders,
+    run_calls,
+    undisturbed,
+)
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves, modules_of
 from lightning_prune.graph.tree import tensors as tensors_of
-from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs, doubled
+from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs
 from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative
 from lightning_prune.pruning.latency import macs_for_latency
 from lightning_prune.pruning.plan import Plan
@@ -437,7 +446,7 @@ def _attempt(
                 raise SurgeryError(f"{CALCULATES}{where}") from None
             if not isinstance(error, Exception):  # such as the user's Ctrl-C
                 raise
-            if isinstance(error, OutputsDifferError) and not exact and _rounds(model):
+            if isinstance(error, OutputsDifferError) and _rounds(model):
                 # A threshold or a ranking, of boxes say, makes much of a rounding error: one that double precision
                 # hardly has. Where that fails as well, this error tells.
                 with suppress(Exception):
@@ -509,7 +518,7 @@ class _Check:
         if calls is None:
             calls = [call for call in groups.calls if call.repeatable]
         if exact:
-            calls = [_in_double(call) for call in calls]
+            calls = [cast(call, torch.float64) for call in calls]
             try:
                 return cls(calls, masked.outputs(calls), exact=True)
             except Exception as error:
@@ -554,13 +563,6 @@ class _Check:
             else:
                 able.append(call)
         return able
-
-
-def _in_double(call: ModuleCall) -> ModuleCall:
-    def double(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return replace(call, args=tree_map(double, call.args), kwargs=tree_map(double, call.kwargs))
 
 
 def _rounds(model: nn.Module) -> bool:

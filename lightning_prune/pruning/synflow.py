@@ -6,9 +6,7 @@ arXiv:2006.05467.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import same_buffers, undisturbed
+from lightning_prune.graph.run import cast, same_buffers, standing_in, undisturbed
 from lightning_prune.graph.tree import tensors
 from lightning_prune.pruning.masks import whole
 
@@ -83,10 +81,10 @@ def _flow(
                 if _is_shift(name) and id(tensor) not in flags:  # what is added would flow past the layers before
                     size = torch.zeros_like(size)
                 magnitudes[id(tensor)] = size * mask_of[id(tensor)] if id(tensor) in mask_of else size
-    with undisturbed(model), same_buffers(model), _standing_in(model, magnitudes, flags) as stand_ins:
+    with undisturbed(model), same_buffers(model), standing_in(model, magnitudes, flags) as stand_ins:
         model.eval()
         with torch.inference_mode(False), torch.enable_grad():
-            outputs = tensors([_run(model, _cast(call, dtype)) for call in calls])
+            outputs = tensors([_run(model, cast(call, dtype)) for call in calls])
             reached = [t.double().sum() for t in outputs if t.requires_grad]
             if not reached:
                 raise PruningError("criterion 'synflow': no output depends on the weights")
@@ -112,48 +110,6 @@ def _ones(call: ModuleCall, examples: int | None) -> ModuleCall:
 def _is_shift(name: str) -> bool:
     last = name.rpartition(".")[2]
     return "bias" in last or last == "running_mean"
-
-
-@contextmanager
-def _standing_in(model: nn.Module, values: Mapping[int, Tensor], flags: set[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, the model holds other tensors: ``values``, by the id of the own; those in ``flags`` require gradients.
-
-    Its own are not touched: a gradient hook, such as DDP's, is lost where a parameter's data changes its dtype.
-    """
-    own = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    stand_ins = {
-        key: nn.Parameter(value, requires_grad=key in flags) if isinstance(own[key], nn.Parameter) else value
-        for key, value in values.items()
-    }
-    held: list[tuple[dict[Any, Any], Any, Any]] = []
-    try:
-        for module in model.modules():
-            registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for registry in registries:
-                for name, tensor in list(registry.items()):
-                    if id(tensor) in stand_ins:
-                        held.append((registry, name, tensor))
-                        registry[name] = stand_ins[id(tensor)]
-            if isinstance(module, nn.RNNBase):
-                held.append((module.__dict__, "_flat_weights", module._flat_weights))
-                module.__dict__["_flat_weights"] = [
-                    stand_ins.get(id(weight), weight) for weight in module._flat_weights
-                ]
-            if "FSDPModule" in {cls.__name__ for cls in type(module).__mro__}:  # its hooks would bring its own back
-                for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                    held.append((module.__dict__, hooks, module.__dict__[hooks]))
-                    module.__dict__[hooks] = OrderedDict()
-        yield stand_ins
-    finally:
-        for registry, name, value in reversed(held):
-            registry[name] = value
-
-
-def _cast(call: ModuleCall, dtype: torch.dtype | None) -> ModuleCall:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if dtype and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return ModuleCall(call.path, tree_map(cast, call.args), tree_map(cast, call.kwargs))
 
 
 def _run(model: nn.Module, call: ModuleCall) -> Any:

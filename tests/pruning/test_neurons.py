@@ -885,3 +885,21 @@ def test_a_wrong_rule_is_found_in_other_precisions(dtype: torch.dtype, monkeypat
     with pytest.raises(PruningError, match="its removal fails: output 0 differs from the masked model's"):
         prune_neurons(model, x, 0.5)
     snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("size", "checked"),
+    [((3, 100, 120), (3, 64, 64)), ((3, 6, 112, 112), (3, 6, 64, 64)), ((3, 90, 200), (3, 90, 200))],
+)
+def test_a_removal_is_checked_on_smaller_images(size: tuple[int, ...], checked: tuple[int, ...]) -> None:
+    """A corner of them is enough, for equality holds for every input."""
+    conv = nn.Conv2d if len(size) == 3 else nn.Conv3d
+    pool: Any = nn.AdaptiveAvgPool2d(1) if len(size) == 3 else nn.AdaptiveAvgPool3d(1)
+    seen = []
+
+    def look(net: Net, x: Tensor) -> Any:
+        seen.append(tuple(x.shape[1:]))
+        return net.c(net.pool(net.b(net.a(x).relu())).flatten(1))
+
+    prune_neurons(Net(look, a=conv(3, 8, 3), b=conv(8, 8, 3), pool=pool, c=nn.Linear(8, 2)), torch.rand(1, *size), 0.5)
+    assert seen == [size, checked, checked]  # traced, masked, pruned
