@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.replaced import CallReplacer, Replacement, shielded
 from lightning_prune.graph.sized import COUNTED_AS, SIZED_FUNCTIONS, SizedFunction, kind_of, shape_of_input
-from lightning_prune.graph.tree import modules_of
+from lightning_prune.graph.tree import OWN, modules_of
 
 __all__ = [
     "Attribute",
@@ -191,7 +191,10 @@ class ModuleStack:
     @property
     def path(self) -> str:
         """Path of the innermost running module ("" for the model itself or none)."""
-        return next((path for path, _ in reversed(self._running) if path is not None), "")
+        for path, _ in reversed(self._running):
+            if path is not None:
+                return path
+        return ""
 
     @property
     def paths(self) -> list[str]:
@@ -535,7 +538,7 @@ class SizeChecker(TorchFunctionMode):
             if expected:
                 for at in expected.keys() & given.keys():
                     if isinstance(given[at], Tensor) and isinstance(expected[at], tuple):
-                        found = kind.picked(args, kwargs).get(at)
+                        found = kind.picked(args, kwargs).get(at) if kind.picked is not None else None
                         given[at] = () if found is None else tuple(found[1].tolist())
                 wrong = {at: size for at, size in expected.items() if given.get(at) not in (-1, size)}
                 needed = {at: size for at, size in wrong.items() if (site, at) not in self.free}
@@ -674,8 +677,7 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
-_OWN = frozenset(nn.Module().__dict__)
-"""What every module holds."""
+_HOLDERS = (Number, dict, list, tuple)
 
 
 @contextmanager
@@ -689,7 +691,7 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
     planted: list[tuple[dict[str, Any], str, Any, Any]] = []
     for path, module in modules_of(model).items():
         for name, value in list(module.__dict__.items()):
-            if name in _OWN:
+            if name in OWN:
                 continue
             marked: Any = None
             if type(value) is int:
@@ -707,7 +709,7 @@ def marked_attributes(model: nn.Module, numeric: set[tuple[str, str]]) -> Iterat
                 held[name] = value
         for module in modules_of(model).values():  # what the forward itself has kept
             for name, value in list(module.__dict__.items()):
-                if name not in _OWN and _holds_numbers(value):
+                if isinstance(value, _HOLDERS) and name not in OWN and _holds_numbers(value):
                     module.__dict__[name] = _plain(value)
 
 

@@ -34,6 +34,8 @@ def copies_of_trained(model: nn.Module, trained: Collection[int]) -> dict[str, s
     Returns:
         Path of each copy -> path of what it is a copy of; no path is inside another.
     """
+    if not trained:
+        return {}
     parts = {path: module for path, module in modules_of(model).items() if path}
     held = {path: dict(module.named_parameters()) for path, module in parts.items()}
     kinds: dict[object, list[str]] = {}

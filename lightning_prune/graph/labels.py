@@ -5,7 +5,7 @@ Nothing here knows an operation; rules state facts (`unify`, `split`, `freeze`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["CALCULATES", "FIXED", "Box", "Dims", "LabelBook", "Solution", "no_labels"]
+__all__ = ["CALCULATES", "FIXED", "Box", "Dims", "LabelBook", "Solution", "distinct", "no_labels"]
 
 FIXED = 0
 """The label of an index that no pruning can remove."""
@@ -28,6 +28,18 @@ Dims = tuple[Tensor | None, ...]
 def no_labels(tensor: Tensor) -> Dims:
     """The labels of a tensor about which nothing is known: every dimension keeps its size."""
     return (None,) * tensor.dim()
+
+
+def distinct(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct labels, ascending, and which of them each one is; many labels mostly lie close together."""
+    low, high = (int(each) for each in labels.aminmax()) if labels.numel() > 4096 else (0, 0)
+    if not 0 < high - low < 8 * labels.numel():
+        known, places = labels.unique(return_inverse=True)
+        return known, places
+    places = labels - low
+    there = torch.zeros(high - low + 1, dtype=torch.bool)
+    there[places] = True
+    return there.nonzero().squeeze(1) + low, (there.cumsum(0) - 1)[places]
 
 
 @dataclass(frozen=True)
@@ -132,26 +144,30 @@ class LabelBook:
         """
         if labels is None or self.is_filled(labels):
             return labels
-        known, places = labels.unique(return_inverse=True)
+        known, places = distinct(labels)
         fresh = self.new(len(known))
         self._mark_filled(fresh)
         fresh = torch.where(labels == FIXED, FIXED, fresh[places])
         return self.unify(fresh, labels, "")
 
     def _mark_filled(self, labels: Tensor) -> None:
+        self._reach()
+        self._filled[labels] = True
+        self._any_filled = True
+
+    def _reach(self) -> None:
+        """Have a place for every label."""
         if self.count > len(self._filled):
             grown = torch.zeros(2 * self.count, dtype=torch.bool)
             grown[: len(self._filled)] = self._filled
             self._filled = grown
-        self._filled[labels] = True
-        self._any_filled = True
 
     def is_filled(self, *labels: Tensor) -> bool:
         """Whether masked places of any of these may hold other values than zero."""
         if not self._any_filled:
             return False
-        size = len(self._filled)
-        return any(bool(self._filled[each[each < size]].any()) for each in labels)
+        self._reach()
+        return any(bool(self._filled[each].any()) for each in labels)
 
     def split(self, cells: Tensor, where: str) -> tuple[Tensor, ...]:
         """State that a dimension falls apart into several; the labels of each.
@@ -162,7 +178,7 @@ class LabelBook:
             where: The call, for messages.
         """
         axes = []
-        repeated = len(cells.unique()) < cells.numel()
+        repeated = len(distinct(cells)[0]) < cells.numel()
         for axis in range(cells.dim()):
             if repeated:
                 _, kind = cells.unique(dim=axis, return_inverse=True)
@@ -194,12 +210,13 @@ class LabelBook:
         A choice under which all that it lets go hangs together is of no use: then the box chooses anew.
         """
         base = _components(self.count, self.equal)
+        stay, mix = self._among(labels for labels, _ in self.frozen), self._among(labels for labels, _ in self.mixed)
         useless = list(self.avoided)
         while True:
-            chosen = self._choose(base, useless)
+            chosen = self._choose(base, useless, stay, mix)
             equal, frozen = self._facts_of(base, chosen)
             root = _components(self.count, equal, base) if equal else base
-            idle = self._idle(root, chosen)
+            idle = self._idle(root, chosen, stay)
             if not idle:
                 break
             useless += idle
@@ -220,8 +237,15 @@ class LabelBook:
             tuple(chosen),
         )
 
-    def _choose(self, root: Tensor, useless: Sequence[Tensor]) -> list[int | None]:
-        """For every box the axis whose indices can go.
+    def _among(self, parts: Iterable[Tensor]) -> Tensor:
+        """The labels that are in any of these, each once."""
+        found = torch.zeros(self.count, dtype=torch.bool)
+        for labels in parts:
+            found[labels] = True
+        return found.nonzero().squeeze(1)
+
+    def _choose(self, root: Tensor, useless: Sequence[Tensor], stay: Tensor, mix: Tensor) -> list[int | None]:
+        """For every box the axis whose indices can go; ``stay`` and ``mix`` are labels that do.
 
         Axes that share labels (the heads of queries, keys and values) are one choice for all boxes. An axis that
         nothing mixes is preferred, then the outer one: heads before head size, whose removal would change the scale
@@ -230,8 +254,7 @@ class LabelBook:
         if not self.boxes:
             return []
         stuck = torch.zeros(self.count, dtype=torch.bool)
-        for labels, _ in self.frozen:
-            stuck[root[labels.flatten()]] = True
+        stuck[root[stay]] = True
         stuck[root[FIXED]] = True
         edges = []
         for box in self.boxes:  # all labels of an axis belong to one choice, by way of an edge to its first
@@ -246,12 +269,15 @@ class LabelBook:
             for axis, part in zip(box.axes, own, strict=True)
             if bool(stuck[root[axis]].all()) or bool((root[axis] == root[axis[0]]).all()) or own.count(part) > 1
         }
-        blocked.update(choice[root[labels]][0].item() for labels in useless)
+        blocked.update(choice[root[labels[0]]].item() for labels in useless)
         boxes_of: dict[int, list[int]] = {}
         for number, own in enumerate(parts):
             for part in set(own):
                 boxes_of.setdefault(part, []).append(number)
-        mixing = {choice[root[axis]][0].item() for axis in self._mixed_axes(root)}
+        mixed = torch.zeros(self.count, dtype=torch.bool)
+        mixed[root[mix]] = True
+        axes = (axis for box in self.boxes for axis in box.axes if bool(mixed[root[axis]].any()))
+        mixing = {choice[root[axis[0]]].item() for axis in axes}
         wishes = sorted(
             (part in mixing, place, number) for number, own in enumerate(parts) for place, part in enumerate(own)
         )
@@ -263,12 +289,6 @@ class LabelBook:
                 for other in boxes_of[part]:  # a part beside a chosen one stays
                     blocked.update(each for each in parts[other] if each != part)
         return [next((axis for axis, part in enumerate(own) if part in taken), None) for own in parts]
-
-    def _mixed_axes(self, root: Tensor) -> Iterator[Tensor]:
-        mixed = torch.zeros(self.count, dtype=torch.bool)
-        for labels, _ in self.mixed:
-            mixed[root[labels.flatten()]] = True
-        return (axis for box in self.boxes for axis in box.axes if bool(mixed[root[axis]].any()))
 
     def _facts_of(
         self, base: Tensor, chosen: Sequence[int | None]
@@ -290,11 +310,10 @@ class LabelBook:
                 frozen.append((box.cells.flatten(), f"splits a prunable dimension ({box.where})"))
         return equal, frozen
 
-    def _idle(self, root: Tensor, chosen: Sequence[int | None]) -> list[Tensor]:
+    def _idle(self, root: Tensor, chosen: Sequence[int | None], stay: Tensor) -> list[Tensor]:
         """Chosen axes whose indices all hang together, or all stay, where the box has another axis to try."""
         frozen = torch.zeros(self.count, dtype=torch.bool)
-        for labels, _ in self.frozen:
-            frozen[root[labels.flatten()]] = True
+        frozen[root[stay]] = True
         found = []
         for box, choice in zip(self.boxes, chosen, strict=True):
             if choice is not None and len(box.axes) > 1:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.trace import Trace, Tracer
-from lightning_prune.graph.tree import modules_of, tensors
+from lightning_prune.graph.tree import modules_of, named_tensors, tensors
 
 __all__ = [
     "as_calls",
@@ -113,17 +113,6 @@ def _has_one_mode(model: nn.Module) -> bool:
     return False
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each name of a shared one."""
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        parameters |= {prefix + name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-        buffers |= {prefix + name: tensor for name, tensor in module._buffers.items() if tensor is not None}
-    return parameters | buffers
-
-
 def cuda_devices(model: nn.Module) -> list[torch.device]:
     """The GPUs that hold parameters of a model."""
     held = (tensor for module in modules_of(model).values() for tensor in module._parameters.values())
@@ -145,7 +134,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modules = modules_of(model).values()
     modes = {module: module.training for module in modules}
     renormed = (m.weight for m in modules if getattr(m, "max_norm", None) is not None)  # by each forward
-    written = [*model.buffers(), *(weight for weight in renormed if isinstance(weight, Tensor))]
+    buffers = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
+    written = [*buffers.values(), *(weight for weight in renormed if isinstance(weight, Tensor))]
     before = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in written]
     devices = [device.index or 0 for device in cuda_devices(model)]
     try:
@@ -210,14 +200,14 @@ def standing_in(
 
     Its own are not touched: a gradient hook, such as DDP's, is lost where a parameter's data changes its dtype.
     """
-    own = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    own = {id(tensor): tensor for tensor in named_tensors(model).values()} if values else {}
     stand_ins = {
         key: nn.Parameter(value, requires_grad=key in flags) if isinstance(own[key], nn.Parameter) else value
         for key, value in values.items()
     }
     held: list[tuple[dict[Any, Any], Any, Any]] = []
     try:
-        for module in modules_of(model).values():
+        for module in modules_of(model).values() if values else ():
             registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for registry in registries:
                 for name, tensor in list(registry.items()):

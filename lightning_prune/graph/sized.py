@@ -47,7 +47,7 @@ class SizedFunction:
     picks: bool = False
     together: bool = False
     infers: bool = False
-    picked: Callable[[tuple[Any, ...], dict[str, Any]], dict[int, tuple[int, Tensor]]] = lambda args, kwargs: {}
+    picked: Callable[[tuple[Any, ...], dict[str, Any]], dict[int, tuple[int, Tensor]]] | None = None
 
 
 def _is_size(item: Any) -> bool:

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_prune.graph.callsites import (
     Attribute,
@@ -28,7 +26,7 @@ from lightning_prune.graph.callsites import (
 from lightning_prune.graph.labels import CALCULATES, Dims, LabelBook
 from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction, input_of
-from lightning_prune.graph.tree import modules_of, tensors
+from lightning_prune.graph.tree import TensorMap, modules_of, tensors, tensors_of_call, unique_tensors
 
 __all__ = ["FLOP_FORMULAS", "AttributeSite", "Contraction", "Leaf", "Trace", "Tracer"]
 
@@ -169,16 +167,16 @@ class Tracer:
         self.paused = False
         self._model = model
         self._wrapped = wrapped
-        self._known: Any = WeakTensorKeyDictionary()
-        parameters = dict(model.named_parameters())
-        tensors = parameters | dict(model.named_buffers())
+        self._known = TensorMap[_Known]()
+        parameters, buffers = unique_tensors(model)
+        tensors = parameters | buffers
         self._unread = {id(p): name for name, p in parameters.items()}
         self._names = {id(t): name for name, t in tensors.items()}
         self._parameter_shapes = {tuple(p.shape) for p in parameters.values()}
         self._stack = ModuleStack(model, self._outermost_output, self._is_outside, self._entered)
         self._patchable = False
         self._literal: list[Tensor] = []
-        self._constants: Any = WeakTensorKeyDictionary()
+        self._constants = TensorMap[bool]()
         """Tensors that Python makes of numbers, and those that modules hold without registering them."""
         for module in modules_of(model).values():
             for value in module.__dict__.values():
@@ -275,7 +273,7 @@ class Tracer:
         if func is _aten.lift_fresh.default:  # torch.tensor([...])
             self._constants[out] = True
             return
-        inputs = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
+        inputs = tensors_of_call(*args, *kwargs.values())
         gradients = self._is_on_gradients(inputs)
         if gradients and func not in _REORDERS:
             self._follow_gradients(inputs, out)
@@ -339,9 +337,7 @@ class Tracer:
 
     def _follow_gradients(self, inputs: list[Tensor], out: Any) -> None:
         """What has the shape of a gradient counts the same; a step that is written by hand adds it to a parameter."""
-        for tensor in pytree.tree_leaves(out):
-            if not isinstance(tensor, Tensor):
-                continue
+        for tensor in tensors_of_call(out):
             alike = [self._known[each].dims for each in inputs if each.shape == tensor.shape and each in self._known]
             for dims in alike[1:]:
                 for one, other in zip(alike[0], dims, strict=True):
@@ -365,7 +361,7 @@ class Tracer:
                 call.freeze(labels, "picks indices of")
             else:
                 self.trace.book.unify(known, labels, "")
-        outs = [leaf for leaf in pytree.tree_leaves(call.out) if isinstance(leaf, Tensor)]
+        outs = tensors_of_call(call.out)
         all_dims = result if isinstance(result, list) else [] if result is None else [result]
         for at, tensor in enumerate(outs):
             dims = all_dims[at] if at < len(all_dims) else (None,) * tensor.dim()
@@ -414,7 +410,7 @@ class Tracer:
     ) -> list[tuple[int, Tensor, Tensor]]:
         """Lists of indices in a call that are the same in every run: place, labels that they pick of, indices."""
         source = input_of(args, kwargs)
-        if site is None or not self.listening or not isinstance(source, Tensor):
+        if kind.picked is None or site is None or not self.listening or not isinstance(source, Tensor):
             return []
         dims = self._labels_of(source)
         if all(labels is None for labels in dims):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
@@ -63,10 +63,22 @@ def _masked(
 ) -> Tensor:
     for dim, index in dims.items():
         if (name, dim) not in unmasked:
-            gone = torch.ones(tensor.size(dim), dtype=torch.bool)
-            gone[torch.as_tensor(index)] = False
-            tensor.index_fill_(dim, gone.nonzero().squeeze(1).to(tensor.device), 0)
+            tensor.index_fill_(dim, _gone(index, tensor.size(dim)).to(tensor.device), 0)
     return tensor
+
+
+def _gone(index: Sequence[int] | Tensor, size: int) -> Tensor:
+    """The other indices of a dimension."""
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[torch.as_tensor(index)] = False
+    return gone.nonzero().squeeze(1)
+
+
+def _is_layer(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer or a convolution of one group that is nothing else."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    own = type(module) in kinds and "forward" not in module.__dict__ and name.rpartition(".")[2] == "weight"
+    return own and getattr(module, "groups", 1) == 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ class MaskedModel:
         tensors = self._tensors
         found: dict[str, list[str]] = {}
         for name in self.kept:
-            if name in self.own and tensors[name].numel() > self.LARGE and isinstance(tensors[name], nn.Parameter):
+            own = name in self.own and isinstance(tensors[name], nn.Parameter) and tensors[name].dim() > 1
+            if own and tensors[name].numel() > self.LARGE:
                 found.setdefault(name.rpartition(".")[0], []).append(name)
         modules = modules_of(self.model)
         return {
@@ -120,45 +133,42 @@ class MaskedModel:
         # In every place of a tensor, which `torch.func.functional_call` does not leave all of: a module of two names
         # whose weight is tied keeps what was put there.
         masked = {id(self._tensors[name]): tensor for name, tensor in self._standing.items()}
-        with standing_in(self.model, masked), self._in_passing(), self._kept_norms():
+        norms = {id(self._tensors[name]): torch.as_tensor(self.kept[name][0]) for name in self.norms.values()}
+        with ExitStack() as stack:
+            stand_ins = stack.enter_context(standing_in(self.model, masked))
+            stack.enter_context(self._in_passing())
+            if norms:
+                stack.enter_context(_KeptNorms({id(stand_ins[key]): index for key, index in norms.items()}))
             for call in calls:
                 with torch.no_grad(), same_buffers(self.model):
                     results.append(modules[call.path](*call.args, **call.kwargs))
         return results
 
     @cached_property
-    def norms(self) -> dict[str, Tensor]:
-        """What can be compared although it mixes: norms over features, by what a trace calls them, and what they keep.
+    def norms(self) -> dict[str, str]:
+        """What can be compared although it mixes: norms over features, by what a trace calls them, and their weights.
 
         In the masked model their statistics run over what is kept, and so they give what the smaller norm gives.
         """
-        kinds = {nn.LayerNorm: "native_layer_norm", nn.RMSNorm: "_fused_rms_norm"}
-        return {
-            f"{kinds[type(module)]} in {path}": torch.as_tensor(self.kept[f"{path}.weight"][0])
-            for path, module in modules_of(self.model).items()
-            if type(module) in kinds and len(module.normalized_shape) == 1 and f"{path}.weight" in self.kept
-        }
-
-    @contextmanager
-    def _kept_norms(self) -> Iterator[None]:
-        """Norms over features leave out what is removed."""
-        held: list[tuple[nn.Module, Any]] = []
-        for name, index in self.norms.items():
-            module = self.model.get_submodule(name.partition(" in ")[2])
-            held.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = partial(_norm_over, module, index)
-        try:
-            yield
-        finally:
-            for module, forward in held:
-                del module.__dict__["forward"]
-                if forward is not None:
-                    module.__dict__["forward"] = forward
+        modules = modules_of(self.model)
+        found: dict[str, str] = {}
+        for name in self.kept:
+            path, _, last = name.rpartition(".")
+            if last == "weight" and self._tensors[name].dim() == 1 and _may_be_norm(modules.get(path)):
+                found |= {f"{kind} in {path or 'the model itself'}": name for kind in _NORMS}
+        return found
 
     @contextmanager
     def _in_passing(self) -> Iterator[None]:
-        """Large parameters are masked while their module runs, all in the same memory."""
+        """Large parameters are masked while their module runs, all in the same memory.
+
+        Where a layer reads and makes channels, these are masked in their place: they are fewer than its weights.
+        """
         tensors = self._tensors
+        layers = {
+            module: name for module, (name, *more) in self._passing.items() if not more and _is_layer(module, name)
+        }
+        copied = [module for module in self._passing if module not in layers]
         scratch: dict[torch.dtype, Tensor] = {}
         held: dict[nn.Module, dict[str, Any]] = {}
 
@@ -186,8 +196,24 @@ class MaskedModel:
             for name, parameter in held.pop(module, {}).items():
                 module._parameters[name.rpartition(".")[2]] = parameter
 
-        hooks = [module.register_forward_pre_hook(enter) for module in self._passing]
-        hooks += [module.register_forward_hook(leave, always_call=True) for module in self._passing]
+        def without(name: str, dim: int, channels: Tensor) -> Tensor:
+            """Channels of a layer, zero where its weight has nothing left along a dimension."""
+            index = self.kept[name].get(dim)
+            if index is None or (name, dim) in self.unmasked:
+                return channels
+            weight = tensors[name]
+            return channels.index_fill(1 - weight.dim(), _gone(index, weight.size(dim)).to(channels.device), 0)
+
+        def read(module: nn.Module, args: Any) -> Any:
+            return (without(layers[module], 1, args[0]), *args[1:])
+
+        def made(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return without(layers[module], 0, output)
+
+        hooks = [module.register_forward_pre_hook(read) for module in layers]
+        hooks += [module.register_forward_hook(made, prepend=True) for module in layers]  # before the user's own
+        hooks += [module.register_forward_pre_hook(enter) for module in copied]
+        hooks += [module.register_forward_hook(leave, always_call=True) for module in copied]
         try:
             yield
         finally:
@@ -197,21 +223,38 @@ class MaskedModel:
                 leave(module, None, None)
 
 
-def _norm_over(module: Any, index: Tensor, x: Tensor) -> Tensor:
-    """A norm over some of the features of x (..., features) only; the others become zero.
+_NORMS = {
+    name: getattr(torch.ops.aten, name).default
+    for name in ("native_layer_norm", "_fused_rms_norm")
+    if hasattr(torch.ops.aten, name)
+}
+"""Norms over features, by their names in a trace."""
 
-    It makes the one call that the norm itself makes: the modules around it count calls.
-    """
-    with torch._C.DisableTorchFunction():
+
+def _may_be_norm(module: nn.Module | None) -> bool:
+    """Whether a module may normalise over features with its weight: the others of torch's own don't."""
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not type(module).__module__.startswith("torch.nn.")
+
+
+class _KeptNorms(TorchDispatchMode):
+    """Norms whose weights are masked leave out what is removed: it becomes zero."""
+
+    def __init__(self, kept: Mapping[int, Tensor]) -> None:
+        """Take what stays of each norm, by the id of its weight."""
+        TorchDispatchMode.__init__(self)
+        self.kept = kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        index = self.kept.get(id(args[2])) if func in _NORMS.values() else None
+        if index is None:
+            return func(*args, **(kwargs or {}))
+        x, _, weight, *rest = args  # shapes (..., features), (features,)
         index = index.to(x.device)
-        weight, some = module.weight[index], x[..., index]
-        bias = None if getattr(module, "bias", None) is None else module.bias[index]
-    if isinstance(module, nn.LayerNorm):
-        part = F.layer_norm(some, (len(index),), weight, bias, module.eps)
-    else:
-        part = F.rms_norm(some, (len(index),), weight, module.eps)
-    with torch._C.DisableTorchFunction():
-        return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part)
+        rest = [each[index] if isinstance(each, Tensor) else each for each in rest]
+        part, *statistics = func(x[..., index], [len(index)], weight[index], *rest)
+        return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part), *statistics
 
 
 def compare_shapes(expected: Any, actual: Any) -> None:

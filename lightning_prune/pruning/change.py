@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Attributes", "Change", "Indices", "Replaced", "Undo", "Value", "refer", "setter", "take"]
+__all__ = ["HOLDERS", "Attributes", "Change", "Indices", "Replaced", "Undo", "Value", "refer", "setter", "take"]
 
 Indices = Sequence[int] | Tensor
 Undo = Callable[[], None]
@@ -44,6 +44,10 @@ def setter(target: Any, key: Any, value: Any) -> Undo:
     return put_back
 
 
+HOLDERS = (Tensor, list, tuple, dict, set)
+"""What `refer` looks into."""
+
+
 def refer(value: Any, new: Mapping[int, Tensor], change: Change) -> Any:
     """What stands in the place of a value that may be, or hold, tensors for which there are new ones.
 
@@ -54,18 +58,18 @@ def refer(value: Any, new: Mapping[int, Tensor], change: Change) -> Any:
         new: Id of a tensor -> the one that takes its place.
         change: Takes down what was done.
     """
-    return _refer(value, new, change, set())
+    return _refer(value, new, change, set()) if isinstance(value, HOLDERS) else value
 
 
 def _refer(value: Any, new: Mapping[int, Tensor], change: Change, seen: set[int]) -> Any:
     if isinstance(value, Tensor):
         return new.get(id(value), value)
-    if not isinstance(value, (list, tuple, dict, set)) or id(value) in seen:
+    if not isinstance(value, HOLDERS) or id(value) in seen:
         return value
     if not isinstance(value, tuple):
         seen.add(id(value))  # it may hold itself
     whole = list(value.items()) if isinstance(value, dict) else list(value)
-    parts = [_refer(part, new, change, seen) for part in whole]
+    parts = [_refer(part, new, change, seen) if isinstance(part, HOLDERS) else part for part in whole]
     if all(part is before for part, before in zip(parts, whole, strict=True)):
         return value
     if isinstance(value, tuple):
@@ -84,9 +88,23 @@ def _fill(container: Any, parts: list[Any]) -> None:
     container.update(parts)
 
 
+CHUNK = 1 << 18
+"""Elements that are taken along one dimension at a time, to be taken along another: fresh memory is slow to fill."""
+
+
 def take(tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
     """A new contiguous tensor with only some indices along some dimensions."""
-    result = tensor.detach()
-    for dim, index in dims.items():
-        result = result.index_select(dim, torch.as_tensor(index, device=tensor.device))
-    return result if result.is_sparse else result.contiguous()
+    kept = {dim: torch.as_tensor(index, device=tensor.device) for dim, index in dims.items()}
+    source = tensor.detach()
+    if 0 in kept and len(kept) == 2 and source.numel() > 2 * CHUNK and not source.is_sparse:
+        rows = kept.pop(0)
+        ((dim, index),) = kept.items()
+        shape = {0: len(rows), dim: len(index)}
+        result = source.new_empty([shape.get(at, size) for at, size in enumerate(source.shape)])
+        step = max(CHUNK * len(source) // source.numel(), 1)
+        for some, part in zip(rows.split(step), result.split(step), strict=True):
+            torch.index_select(source.index_select(0, some), dim, index, out=part)
+        return result
+    for dim, index in kept.items():
+        source = source.index_select(dim, index)
+    return source if source.is_sparse else source.contiguous()

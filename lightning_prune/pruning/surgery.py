@@ -6,7 +6,7 @@ ones back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,20 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.run import named_tensors
-from lightning_prune.graph.tree import modules_of
+from lightning_prune.graph.tree import OWN, modules_of
 from lightning_prune.pruning.attention import NarrowAttention, install_narrow_attention, remove_narrow_attention
-from lightning_prune.pruning.change import Attributes, Change, Indices, Replaced, Undo, Value, refer, setter, take
+from lightning_prune.pruning.change import (
+    HOLDERS,
+    Attributes,
+    Change,
+    Indices,
+    Replaced,
+    Undo,
+    Value,
+    refer,
+    setter,
+    take,
+)
 from lightning_prune.pruning.optimizers import follow
 
 __all__ = [
@@ -93,8 +104,10 @@ def shrink(
 
     change = Change()
     try:
+        smaller = {key: new for key, (_, new, _) in replaced.items()}
+        fresh = set(map(id, smaller.values()))
         for path, module in modules.items():
-            _replace(path, module, replaced, None if numbers is None else numbers.get(path, {}), change)
+            _replace(path, module, smaller, fresh, None if numbers is None else numbers.get(path, {}), change)
         for path, module in modules.items():
             if isinstance(module, nn.MultiheadAttention):
                 _narrow(path, module, kept, (numbers or {}).get(path, {}), change)
@@ -112,21 +125,25 @@ def _renumbered(index: Tensor, left: Sequence[int]) -> Tensor:
 
 
 def _replace(
-    path: str, module: nn.Module, replaced: Replaced, numbers: Mapping[str, Value] | None, change: Change
+    path: str,
+    module: nn.Module,
+    new: Mapping[int, Tensor],
+    fresh: Collection[int],
+    numbers: Mapping[str, Value] | None,
+    change: Change,
 ) -> None:
-    """Put the smaller tensors into one module, and its sizes."""
+    """Put the smaller tensors into one module, and its sizes; ``fresh``: the ids of these tensors."""
     before = dict(module.__dict__)
     registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
     touched = False
     for registry in registries:
         for key, tensor in registry.items():
-            if tensor is not None and id(tensor) in replaced:
+            if tensor is not None and id(tensor) in new:
                 change.steps.append(setter(registry, key, tensor))
-                registry[key] = replaced[id(tensor)][1]
+                registry[key] = new[id(tensor)]
                 touched = True
-    new = {key: entry[1] for key, entry in replaced.items()}
     for key, value in before.items():
-        if key in ("_parameters", "_buffers"):
+        if key in OWN or not isinstance(value, HOLDERS):
             continue
         if isinstance(value, Tensor):  # also what old-style weight_norm computes anew in each forward
             change.steps.append(setter(module.__dict__, key, value))
@@ -139,17 +156,16 @@ def _replace(
     if numbers and not isinstance(module, nn.MultiheadAttention):  # what this one holds follows from its weights
         for attribute, value in numbers.items():
             set_attribute(path, module, attribute, value, change)
-    if touched or _is_parametrized(module, replaced):
+    if touched or _is_parametrized(module, new, fresh):
         for attribute, value in layer_sizes(module, before, numbers).items():
             set_attribute(path, module, attribute, value, change)
 
 
-def _is_parametrized(module: nn.Module, replaced: Replaced) -> bool:
+def _is_parametrized(module: nn.Module, new: Mapping[int, Tensor], fresh: Collection[int]) -> bool:
     parametrizations = getattr(module, "parametrizations", None)
     if not isinstance(parametrizations, nn.Module):
         return False
-    new = {id(entry[1]) for entry in replaced.values()}
-    return any(id(p) in replaced or id(p) in new for p in parametrizations.parameters())
+    return any(id(p) in new or id(p) in fresh for p in parametrizations.parameters())
 
 
 def set_attribute(path: str, module: nn.Module, attribute: str, value: Value, change: Change) -> None:

@@ -432,7 +432,7 @@ def assert_equal(ours: Any, theirs: Any, *, values: bool = True) -> None:
 def sizes_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """What a call asks for; a tensor of indices as a tuple of those from the front, None where they vary."""
     kind = SIZED_FUNCTIONS[name]
-    read, picked = kind.read(args, kwargs), kind.picked(args, kwargs)
+    read, picked = kind.read(args, kwargs), kind.picked(args, kwargs) if kind.picked else {}
     found = {at: tuple(index.tolist()) for at, (_, index) in picked.items()}
     assert all(found[at] == size for at, size in enumerate(read) if isinstance(size, tuple))
     return [found.get(at) if isinstance(size, Tensor) else size for at, size in enumerate(read)]

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.graph.labels import Dims
 from lightning_prune.graph.rules.table import Call, aten_family, rule
+from lightning_prune.graph.tree import tensors_of_call
 
 aten = torch.ops.aten
 
@@ -22,8 +23,7 @@ def pointwise(call: Call) -> list[Dims]:
 
     Every operation that torch tags as pointwise comes here too.
     """
-    inputs = list(call.tensors())
-    outs = [leaf for leaf in pytree.tree_leaves(call.out) if isinstance(leaf, Tensor)]
+    inputs, outs = call.tensors(), tensors_of_call(call.out)
     if not outs:  # torch.equal gives a bool
         return []
     rank = max((tensor.dim() for tensor in inputs), default=0)
@@ -152,7 +152,7 @@ def _keeps_zero(call: Call, inputs: list[Tensor], zeros: tuple[int, ...], labels
         return bool(zeros)
     if call.func.overloadpacket is aten.copy_:
         return 1 in zeros or len(inputs) < 2
-    key = (call.func, zeros, str(pytree.tree_map(_kind_of, (call.args, call.kwargs))))
+    key = (call.func, zeros, str(_kinds((call.args, call.kwargs))))
     if key not in _results:
         _results[key] = _try_zeros(call, zeros)
     keeps, finite = _results[key]
@@ -164,13 +164,18 @@ def _keeps_zero(call: Call, inputs: list[Tensor], zeros: tuple[int, ...], labels
 _results: dict[Any, tuple[bool, bool]] = {}
 
 
-def _kind_of(leaf: Any) -> Any:
-    return leaf.dtype if isinstance(leaf, Tensor) else leaf
+def _kinds(arguments: Any) -> Any:
+    """The arguments of a call, with a dtype in the place of each tensor."""
+    if isinstance(arguments, Tensor):
+        return arguments.dtype
+    if isinstance(arguments, (list, tuple)):
+        return [_kinds(each) for each in arguments]
+    return {name: _kinds(each) for name, each in arguments.items()} if isinstance(arguments, dict) else arguments
 
 
 def _try_zeros(call: Call, zeros: tuple[int, ...]) -> tuple[bool, bool]:
     """Whether the operation makes zeros, and numbers, where some of its inputs are zero."""
-    numbers = iter(range(len(list(call.tensors()))))
+    numbers = iter(range(len(call.tensors())))
 
     def stand_in(leaf: Any, zeros: tuple[int, ...] = zeros) -> Any:
         if not isinstance(leaf, Tensor):
@@ -185,7 +190,7 @@ def _try_zeros(call: Call, zeros: tuple[int, ...]) -> tuple[bool, bool]:
     values = pytree.tree_leaves(call.func(*args, **kwargs))[0]
     finite = bool(values.isfinite().all())
     if not finite:  # by itself, as masked_fill with minus infinity is?
-        numbers = iter(range(len(list(call.tensors()))))
+        numbers = iter(range(len(call.tensors())))
         args, kwargs = pytree.tree_map(lambda leaf: stand_in(leaf, ()), (call.args, call.kwargs))
         without = pytree.tree_leaves(call.func(*args, **kwargs))[0]
         finite = not bool((without.isfinite() & ~values.isfinite()).any())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prune.graph.labels import FIXED, Dims
+from lightning_prune.graph.labels import FIXED, Dims, distinct
 from lightning_prune.graph.rules.table import Call, aten_family, family, rule
 
 aten = torch.ops.aten
@@ -45,7 +46,7 @@ def _land(call: Call, moved: Tensor, labels: Tensor, dims: list[Tensor | None]) 
         call.freeze(labels, PICKS_ONE)
         return
     cells = moved[tuple(slice(None) if dim in varying else 0 for dim in range(moved.dim()))].clone()
-    if not bool(torch.isin(labels[labels != FIXED], cells).all()):
+    if _number_of(cells) < _number_of(labels):
         call.freeze(labels, PICKS_PART)
         return
     parts = [cells] if len(varying) == 1 else call.book.split(cells, str(call))
@@ -54,10 +55,15 @@ def _land(call: Call, moved: Tensor, labels: Tensor, dims: list[Tensor | None]) 
         dims[along] = arrived if known is None else _merged(call, known, arrived)
 
 
+def _number_of(labels: Tensor) -> int:
+    """How many indices that can go these are."""
+    return int((distinct(labels)[0] != FIXED).sum())
+
+
 def _merged(call: Call, first: Tensor, second: Tensor) -> Tensor:
     """The labels of a dimension that two become: a cell for each pair of theirs."""
-    rows, row = first.unique(return_inverse=True)
-    columns, column = second.unique(return_inverse=True)
+    rows, row = distinct(first)
+    columns, column = distinct(second)
     # the outer part first, whichever dimension it came from
     if int((row.diff() != 0).sum()) > int((column.diff() != 0).sum()):
         rows, row, columns, column = columns, column, rows, row
@@ -90,12 +96,26 @@ def view(call: Call) -> Dims:
             if len(inside) == len(outside) == 1:
                 landed[0] = labels
                 continue
-            shape = [1] * len(sizes)
-            shape[place] = -1
-            _land(call, labels.view(shape).expand(sizes).reshape(wanted), labels, landed)
+            _land(call, _laid_out(labels, prod(sizes[place + 1 :]), wanted), labels, landed)
         for dim, arrived in zip(outside, landed, strict=True):
             result[dim] = arrived
     return tuple(result)
+
+
+def _laid_out(labels: Tensor, inner: int, sizes: Sequence[int]) -> Tensor:
+    """The labels of a dimension, each ``inner`` times in a row, over and over, in dimensions of other sizes.
+
+    A dimension along which they don't vary, as the numbers alone tell, has a size of 1.
+    """
+    flat = torch.zeros([1] * len(sizes), dtype=torch.long)
+    stride = prod(sizes)
+    for dim, size in enumerate(sizes):
+        stride //= size
+        if stride % (inner * len(labels)) and inner % (stride * size):
+            shape = [1] * len(sizes)
+            shape[dim] = size
+            flat = flat + torch.arange(size).view(shape) * stride
+    return labels[flat.div(inner, rounding_mode="floor") % len(labels)]
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils import _pytree as pytree
 
 from lightning_prune.graph.labels import Dims, LabelBook, no_labels
+from lightning_prune.graph.tree import tensors_of_call
 
 __all__ = ["Call", "Rule", "family", "find_rule", "rule"]
 
@@ -61,11 +61,9 @@ class Call:
         """Labels of a tensor, one entry per dimension."""
         return self.known(tensor) or no_labels(tensor)
 
-    def tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """All tensor arguments, in order."""
-        for leaf in pytree.arg_tree_leaves(*self.args, **self.kwargs):
-            if isinstance(leaf, Tensor):
-                yield leaf
+        return tensors_of_call(*self.args, *self.kwargs.values())
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or by name."""
