@@ -329,7 +329,8 @@ class Groups(Sequence[Group]):
                 continue
             for part in group.slices:
                 if part.role == "makes" and part.name in self.parameters:
-                    used[numbers.start : numbers.stop] |= _not_zero(tensors[part.name], part.dim)[part.index].any(1)
+                    found = _not_zero(tensors[part.name], part.dim)
+                    used[numbers.start : numbers.stop] |= bool(found.all()) or found[part.index].any(1)
                     made[numbers.start : numbers.stop] = True
         return ~alive & made & ~used
 
@@ -481,6 +482,10 @@ def _columns(rows: list[tuple[str, int, str]]) -> list[str]:
     return [f"  {name:<{width}}  {size:>5}  {text}" for name, size, text in rows]
 
 
+Family = tuple[list[int], str, tuple[str, ...], Tensor]
+"""Numbers of the leaves that hold its slices, what froze it, what mixes it, its components in order."""
+
+
 def draw_groups(trace: Trace) -> Groups:
     """Connected labels become groups; each index of a parameter belongs to one neuron or to none.
 
@@ -488,14 +493,26 @@ def draw_groups(trace: Trace) -> Groups:
     axis is tried.
     """
     while True:
-        groups, lonely = _draw(trace)
+        solution = trace.book.solve()
+        made = _made(trace, solution)
+        places = _at_leaves(trace, solution.root)
+        families = _families(trace, solution, made, places)
+        alone = [each for _, reason, _, each in families if not reason and len(each) == 1]
+        lonely = solution.axes_within(trace.book.boxes, torch.cat(alone)) if alone else []
         if not lonely or not trace.book.avoid(lonely):
-            return groups
+            return _draw(trace, solution, made, places, families)
 
 
-def _draw(trace: Trace) -> tuple[Groups, list[Tensor]]:
-    """The groups, and the axes whose indices are each the only one of its kind."""
-    solution = trace.book.solve()
+def _at_leaves(trace: Trace, values: Tensor) -> tuple[Tensor, ...]:
+    """What the labels of each leaf have in a table of all labels."""
+    if not trace.leaves:
+        return ()
+    every = torch.cat([leaf.labels for leaf in trace.leaves])
+    return torch.split(values[every], [len(leaf.labels) for leaf in trace.leaves])
+
+
+def _made(trace: Trace, solution: Solution) -> Tensor:
+    """Which labels a layer makes, bool (labels,)."""
     made = torch.zeros(trace.book.count, dtype=torch.bool)
     for labels in trace.book.made:
         made[labels] = True
@@ -503,10 +520,16 @@ def _draw(trace: Trace) -> tuple[Groups, list[Tensor]]:
         axis = None if choice is None else box.axes[choice]
         if axis is not None and int(box.cells.min()) < int(axis.min()) and bool(made[axis].any()):
             made[box.cells.flatten()] = True  # a weight that was split before it made them
-    places = [solution.root[leaf.labels] for leaf in trace.leaves]
-    families = _families(trace, solution, made, places)
+    return made
+
+
+def _draw(
+    trace: Trace, solution: Solution, made: Tensor, places: Sequence[Tensor], families: Sequence[Family]
+) -> Groups:
+    """The groups that the families are; ``places``: the components in each leaf."""
     follows = tuple(f"{path}." for path in trace.followers)
-    makers = [bool(made[leaf.labels].any()) and not leaf.name.startswith(follows) for leaf in trace.leaves]
+    own = [bool(each.any()) for each in _at_leaves(trace, made)]
+    makers = [some and not leaf.name.startswith(follows) for some, leaf in zip(own, trace.leaves, strict=True)]
 
     unit_of_root = torch.full((trace.book.count,), NO_UNIT)
     prunable, frozen, roots, start = [], [], [], 0
@@ -524,13 +547,7 @@ def _draw(trace: Trace) -> tuple[Groups, list[Tensor]]:
         roots.append(components)
         start += size
     origin = Origin(trace, solution, torch.cat(roots) if roots else torch.empty(0, dtype=torch.long))
-    alone = [each for _, reason, _, each in families if not reason and len(each) == 1]
-    lonely = solution.axes_within(trace.book.boxes, torch.cat(alone)) if alone else []
-    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root, origin), lonely
-
-
-Family = tuple[list[int], str, tuple[str, ...], Tensor]
-"""Numbers of the leaves that hold its slices, what froze it, what mixes it, its components in order."""
+    return _assemble(trace, solution, (*prunable, *frozen), unit_of_root, origin)
 
 
 def _families(trace: Trace, solution: Solution, made: Tensor, roots: Sequence[Tensor]) -> list[Family]:
@@ -592,13 +609,14 @@ def _assemble(
     trace: Trace, solution: Solution, groups: tuple[Group, ...], unit_of_root: Tensor, origin: Origin
 ) -> Groups:
     unit_of = unit_of_root[solution.root]
+    held = _at_leaves(trace, unit_of)
 
     def extent(labels: Tensor) -> Extent:
         return Extent(unit_of[labels])
 
     return Groups(
         groups=groups,
-        extents={(leaf.name, leaf.dim): extent(leaf.labels) for leaf in trace.leaves},
+        extents={(leaf.name, leaf.dim): Extent(units) for leaf, units in zip(trace.leaves, held, strict=True)},
         shapes=dict(trace.shapes),
         parameters=frozenset(trace.parameters),
         sized={key: extent(labels) for key, labels in trace.sized.items()},

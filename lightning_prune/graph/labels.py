@@ -220,12 +220,15 @@ class LabelBook:
             if not idle:
                 break
             useless += idle
-        reasons: dict[str, int] = {}
-        reason = torch.zeros(self.count, dtype=torch.long)
-        facts = [(torch.tensor([FIXED]), "constant"), *self.frozen, *frozen]
-        real = [fact for fact in facts if fact[1]]
-        for labels, text in (*(fact for fact in facts if not fact[1]), *reversed(real)):  # the first real reason wins
-            reason[root[labels.flatten()]] = reasons.setdefault(text, len(reasons)) + 1
+        facts = sorted(
+            [(torch.tensor([FIXED]), "constant"), *self.frozen, *frozen], key=lambda fact: not fact[1]
+        )  # the first real reason wins
+        reasons = {text: number for number, text in enumerate(dict.fromkeys(text for _, text in facts), start=1)}
+        lengths = torch.tensor([labels.numel() for labels, _ in facts])
+        ranks = torch.arange(len(facts)).repeat_interleave(lengths)
+        roots = root[torch.cat([labels.flatten() for labels, _ in facts])]
+        first = torch.full((self.count,), len(facts)).scatter_reduce_(0, roots, ranks, "amin")
+        reason = torch.tensor([*(reasons[text] for _, text in facts), 0])[first]
         mixed: dict[str, list[Tensor]] = {}
         for labels, text in self.mixed:
             mixed.setdefault(text, []).append(labels.flatten())
@@ -355,11 +358,14 @@ def _components(count: int, equal: Iterable[tuple[Tensor, Tensor]], start: Tenso
     first = torch.cat([pair[0] for pair in pairs])
     second = torch.cat([pair[1] for pair in pairs])
     while True:
-        a, b = root[first], root[second]
-        if bool((a == b).all()):
+        a, b = root.index_select(0, first), root.index_select(0, second)  # indexing takes several times as long
+        apart = (a != b).nonzero().squeeze(1)
+        if not len(apart):
             return root
+        if len(apart) < len(first):
+            first, second, a, b = (each.index_select(0, apart) for each in (first, second, a, b))
         least = torch.minimum(a, b)
         root.scatter_reduce_(0, a, least, "amin")
         root.scatter_reduce_(0, b, least, "amin")
-        while not torch.equal(root, root[root]):
-            root = root[root]
+        while not torch.equal(root, above := root.index_select(0, root)):
+            root = above

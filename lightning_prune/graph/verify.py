@@ -93,7 +93,7 @@ class MaskedModel:
             copy at a time, while that module runs: to fill fresh memory costs more than to run the model.
     """
 
-    LARGE: ClassVar[int] = 1 << 20
+    LARGE: ClassVar[int] = 1 << 13
 
     model: nn.Module
     kept: Kept

@@ -91,12 +91,11 @@ class L1(NeuronCriterion):
         for (name, dim), extent in groups.extents.items():
             if name in groups.parameters and not extent.fixed:
                 wanted.setdefault(name, []).append(dim)
-        for name, dims in wanted.items():
-            weight = parameters[name].detach()
-            for dim, norm in zip(dims, _norms(weight, dims, self.power), strict=True):
-                unit_of = groups.extents[name, dim].unit_of
-                inside = unit_of != NO_UNIT
-                scores.index_add_(0, unit_of[inside], norm[inside])
+        if wanted:
+            units = torch.cat([groups.extents[name, dim].unit_of for name, dims in wanted.items() for dim in dims])
+            every = [_norms(parameters[name].detach(), dims, self.power) for name, dims in wanted.items()]
+            norms = torch.cat([norm for each in every for norm in each])
+            scores.index_add_(0, units[units != NO_UNIT], norms[units != NO_UNIT])
         return scores if self.power == 1 else scores.sqrt()
 
 
@@ -468,6 +467,9 @@ CHUNK = 1 << 18
 
 def _norms(weight: Tensor, dims: list[int], power: int) -> list[Tensor]:
     """Sum of |w|^power over each slice along each of some dimensions, float64."""
+    if weight.dim() == 1:
+        sizes = weight.abs().double()
+        return [sizes.square_().cpu() if power == 2 else sizes.cpu()]
     rows = max(CHUNK * weight.size(0) // weight.numel(), 1) if weight.numel() else 1
     found: list[list[Tensor]] = [[] for _ in dims]
     exact = weight.dtype in (torch.float32, torch.float64)
