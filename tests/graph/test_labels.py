@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_prune.graph.labels import FIXED, LabelBook, Solution, no_labels
+from lightning_prune.graph.labels import FIXED, LabelBook, Solution, distinct, no_labels
+from lightning_prune.graph.rules.movement import _laid_out
 
 
 def components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -43,6 +44,38 @@ def test_labels_that_are_united_hang_together_and_no_others(size: int, drawn: li
     if pairs:  # the same once more, in rows
         book.unify(torch.tensor([a for a, _ in pairs]), torch.tensor([b for _, b in pairs]), "")
     assert book.solve().root.tolist() == components(size + 1, pairs)
+
+
+@pytest.mark.parametrize("span", [1, 300, 30_000, 10**9])
+@pytest.mark.parametrize("size", [0, 1, 50, 10_000])
+def test_distinct_labels_are_those_that_sorting_finds(size: int, span: int) -> None:
+    labels = torch.randint(5, 5 + span, (size,), generator=torch.Generator().manual_seed(0))
+    for some in (labels, torch.cat([labels, torch.full((3,), FIXED)])):
+        for own, known in zip(distinct(some), some.unique(return_inverse=True), strict=True):
+            assert torch.equal(own, known)
+    assert torch.equal(distinct(labels.view(-1, 1))[1], distinct(labels)[1].view(-1, 1))
+
+
+@given(st.data())
+def test_labels_are_laid_out_as_a_view_lays_out_elements(data: st.DataObject) -> None:
+    factors = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+
+    def grouped() -> list[int]:
+        """The same number of elements in dimensions of other sizes."""
+        sizes = [1]
+        for factor in data.draw(st.permutations(factors)):
+            if data.draw(st.booleans()):
+                sizes.append(factor)
+            else:
+                sizes[-1] *= factor
+        return sizes
+
+    before, after = grouped(), grouped()
+    for dim, size in enumerate(before):
+        labels = torch.arange(size) + 7
+        whole = labels.view([-1 if at == dim else 1 for at in range(len(before))]).expand(before).reshape(after)
+        inner = whole.numel() // torch.Size(before[: dim + 1]).numel()
+        assert torch.equal(_laid_out(labels, inner, after).expand(after), whole)
 
 
 def test_every_label_is_new() -> None:

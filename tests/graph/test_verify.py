@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune import SurgeryError, find_groups
 from lightning_prune.graph.verify import TOLERANCE, MaskedModel, compare_outputs, masked_tensors
+from lightning_prune.pruning.neurons import remove_neurons
 
 ONE = torch.tensor([1.0, -2.0], dtype=torch.float64)
 NAN, INF = float("nan"), float("inf")
@@ -30,6 +32,35 @@ def test_masked_outputs_are_those_of_the_twin_made_by_hand(
     for _ in range(2):
         assert torch.equal(masked.outputs(groups.calls)[0], forward(twin, x)[0])
         snapshot.assert_unchanged()
+
+
+class ChannelNorm(nn.LayerNorm):
+    """A norm over the channels of an image, as ConvNeXt has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("large", [MaskedModel.LARGE, 0], ids=["at once", "in passing"])
+@pytest.mark.parametrize("norm", [ChannelNorm, nn.BatchNorm2d])
+def test_masked_outputs_are_those_of_the_smaller_network_whatever_its_norm_and_hooks(
+    norm: Callable[[int], nn.Module], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MaskedModel, "LARGE", large)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    model = model.double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model[3].register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    groups = find_groups(model, x)
+    alive = torch.arange(groups.neurons) % 3 > 0
+    (masked,) = MaskedModel(model, groups.kept(alive), groups.unmasked, groups.own).outputs(groups.calls)
+    remove_neurons(model, groups, alive, verify=False)
+    torch.testing.assert_close(model(x), masked, rtol=1e-12, atol=1e-12)
+    assert sum(p.numel() for p in model.parameters()) < 800
 
 
 def test_a_masked_model_that_fails_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

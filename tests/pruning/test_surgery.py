@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import PruningError, prune_neurons
+from lightning_prune.pruning.change import CHUNK
 from lightning_prune.pruning.surgery import enlarge, fit_shapes, named_tensors, shrink, take
 
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
@@ -296,6 +297,17 @@ def test_take_is_index_select_by_hand() -> None:
     assert torch.equal(take(tensor, {0: [0, 3], 1: [2]}), tensor.detach()[[0, 3]][:, [2]])
     assert take(tensor, {0: [1]}).is_contiguous()
     assert not take(tensor, {0: [1]}).requires_grad
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_what_is_taken_of_large_tensors_piece_by_piece_is_the_same(dim: int, order: torch.memory_format) -> None:
+    tensor = torch.rand(700, 40, 6, 7).to(memory_format=order)
+    assert tensor.numel() > 2 * CHUNK
+    rows, index = torch.randperm(700)[:301], torch.arange(0, tensor.size(dim), 2)
+    taken = take(tensor, {0: rows, dim: index})
+    assert torch.equal(taken, tensor[rows].index_select(dim, index))
+    assert taken.is_contiguous()
 
 
 def test_shrink_and_undo_give_the_same_objects_back() -> None:
