@@ -124,11 +124,18 @@ class TensorMap(Generic[V]):
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[weakref.ref[Tensor], V]] = {}
+        self._self = weakref.ref(self)
 
     def __setitem__(self, tensor: Tensor, value: V) -> None:
-        key, held = id(tensor), self._held
-        before = held.get(key)
-        held[key] = (weakref.ref(tensor, lambda _: held.pop(key, None)) if before is None else before[0], value)
+        key, own = id(tensor), self._self
+
+        def forget(_: Any) -> None:
+            held = own()  # not by itself, which would make a cycle of references
+            if held is not None:
+                held._held.pop(key, None)
+
+        before = self._held.get(key)
+        self._held[key] = (weakref.ref(tensor, forget) if before is None else before[0], value)
 
     def __getitem__(self, tensor: Tensor) -> V:
         return self._held[id(tensor)][1]

@@ -204,13 +204,14 @@ class MaskedModel:
             weight = tensors[name]
             return channels.index_fill(1 - weight.dim(), _gone(index, weight.size(dim)).to(channels.device), 0)
 
-        def read(module: nn.Module, args: Any) -> Any:
-            return (without(layers[module], 1, args[0]), *args[1:])
+        def read(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["input"]
+            return (without(layers[module], 1, given),), {}
 
         def made(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return without(layers[module], 0, output)
 
-        hooks = [module.register_forward_pre_hook(read) for module in layers]
+        hooks = [module.register_forward_pre_hook(read, with_kwargs=True) for module in layers]
         hooks += [module.register_forward_hook(made, prepend=True) for module in layers]  # before the user's own
         hooks += [module.register_forward_pre_hook(enter) for module in copied]
         hooks += [module.register_forward_hook(leave, always_call=True) for module in copied]

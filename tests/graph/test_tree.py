@@ -1,4 +1,5 @@
 import gc
+import weakref
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ def test_a_tensor_that_is_gone_is_forgotten() -> None:
         del tensor
     gc.collect()
     assert not held._held
+
+
+def test_a_map_that_is_gone_leaves_nothing() -> None:
+    held: TensorMap[Tensor] = TensorMap()
+    key, value = torch.ones(1), torch.ones(1)
+    held[key] = value
+    left = weakref.ref(value)
+    gc.disable()
+    try:
+        del held, value
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_that_only_autograd_holds_is_still_known() -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Snapshot, build_case, cases, forward, masked_twin
+from networks import Net, Snapshot, build_case, cases, forward, masked_twin
 from torch import Tensor, nn
 
 from lightning_prune import SurgeryError, find_groups
@@ -49,7 +49,8 @@ def test_masked_outputs_are_those_of_the_smaller_network_whatever_its_norm_and_h
 ) -> None:
     monkeypatch.setattr(MaskedModel, "LARGE", large)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    last = Net(lambda n, x: n.conv(input=x), conv=nn.Conv2d(6, 2, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), last)
     model = model.double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter)
