@@ -154,7 +154,13 @@ class MaskedModel:
         found: dict[str, str] = {}
         for name in self.kept:
             path, _, last = name.rpartition(".")
-            if last == "weight" and self._tensors[name].dim() == 1 and _may_be_norm(modules.get(path)):
+            tensor = self._tensors[name]
+            if (
+                last == "weight"
+                and tensor.dim() == 1
+                and tensor.is_floating_point()
+                and _may_be_norm(modules.get(path))
+            ):
                 found |= {f"{kind} in {path or 'the model itself'}": name for kind in _NORMS}
         return found
 

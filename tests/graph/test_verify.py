@@ -7,6 +7,7 @@ from networks import Net, Snapshot, build_case, cases, forward, masked_twin
 from torch import Tensor, nn
 
 from lightning_prune import SurgeryError, find_groups
+from lightning_prune.graph.run import as_calls
 from lightning_prune.graph.verify import TOLERANCE, MaskedModel, compare_outputs, masked_tensors
 from lightning_prune.pruning.neurons import remove_neurons
 
@@ -62,6 +63,14 @@ def test_masked_outputs_are_those_of_the_smaller_network_whatever_its_norm_and_h
     remove_neurons(model, groups, alive, verify=False)
     torch.testing.assert_close(model(x), masked, rtol=1e-12, atol=1e-12)
     assert sum(p.numel() for p in model.parameters()) < 800
+
+
+def test_indices_that_are_called_a_weight_stay_as_they_are() -> None:
+    model = Net(lambda n, x: x[:, n.weight])
+    model.register_buffer("weight", torch.tensor([2, 0, 1]))
+    (call,) = as_calls(torch.rand(2, 3))
+    (given,) = MaskedModel(model, {"weight": {0: [0, 1]}}).outputs([call])
+    assert torch.equal(given, call.args[0][:, [2, 0, 1]])
 
 
 def test_a_masked_model_that_fails_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
