@@ -570,12 +570,15 @@ _REPEATED = (int, list, tuple, str)
 class Number(int):
     """An integer that tells when a forward calculates with it: ``x / math.sqrt(x.size(-1))`` depends on its value.
 
-    Sums, products and quotients of integers are plain integers again and tell nothing: sizes are made of these.
+    Sums and products of integers are plain integers again and tell nothing: sizes are made of these. So are quotients,
+    but they tell when it is them that the forward calculates with: ``(x.size(-1) // self.num_heads) ** -0.5``.
     """
 
     told: Callable[[], Any]
     counted_by: Callable[[Attribute], Any] | None = None
     """Hears of an attribute that the forward finds equal: ``x.size(1) == self.width``."""
+    divided_by: Callable[[Attribute], Any] | None = None
+    """Hears of an attribute by which it was divided for a number to calculate with."""
 
     __hash__ = int.__hash__
 
@@ -616,6 +619,19 @@ class Number(int):
     def __rmul__(self, other: Any) -> Any:
         return other * int(self) if isinstance(other, _REPEATED) else other * self._number()
 
+    def __floordiv__(self, other: Any) -> Any:
+        quotient = int.__floordiv__(self, other)
+        if quotient is NotImplemented:
+            return quotient
+        divided_by = self.divided_by
+        if divided_by is not None and isinstance(other, Attribute):
+            return watched_size(quotient, partial(divided_by, other))
+        return _quotient(quotient, self, other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        quotient = int.__rfloordiv__(self, other)
+        return quotient if quotient is NotImplemented else _quotient(quotient, self, other)
+
     def __reduce__(self) -> Any:
         return int, (int(self),)
 
@@ -644,11 +660,25 @@ class Attribute(Number):
     __rmul__ = __mul__
 
 
-def watched_size(size: int, told: Callable[[], Any], counted_by: Callable[[Attribute], Any] | None = None) -> Number:
-    """A size of a tensor that tells when it is calculated with, and when it is found to equal an attribute."""
+def watched_size(
+    size: int,
+    told: Callable[[], Any],
+    counted_by: Callable[[Attribute], Any] | None = None,
+    divided_by: Callable[[Attribute], Any] | None = None,
+) -> Number:
+    """A size of a tensor that tells when it is calculated with, and what an attribute has to do with it."""
     number = Number(size)
-    number.told, number.counted_by = told, counted_by
+    number.told, number.counted_by, number.divided_by = told, counted_by, divided_by
     return number
+
+
+def _quotient(quotient: int, *of: Any) -> Number:
+    def told() -> None:
+        for number in of:
+            if isinstance(number, Number):
+                number.told()
+
+    return watched_size(quotient, told)
 
 
 def _marked(value: int, numeric: set[tuple[str, str]], module: str, name: str, place: int | None = None) -> Attribute:

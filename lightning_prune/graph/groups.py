@@ -164,6 +164,7 @@ class Groups(Sequence[Group]):
         inputs: The dimensions of the tensors that such calls take their sizes of, each time.
         attributes: What multiples of the integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with.
+        divided: What multiples of such integers divided for a number that the forward calculates with.
         constants: Buffers that hold indices, and what they count along.
         unmasked: Dimensions that a masked model leaves as they are.
         own: Parameters that no other module than the one that holds them has read.
@@ -182,6 +183,7 @@ class Groups(Sequence[Group]):
     inputs: dict[CallSite, tuple[dict[int, Extent], ...]]
     attributes: dict[AttributeSite, tuple[tuple[Extent, int], ...]]
     numeric: frozenset[tuple[str, str]]
+    divided: dict[AttributeSite, tuple[tuple[Extent, int], ...]]
     constants: dict[str, Extent]
     unmasked: frozenset[tuple[str, int]]
     own: frozenset[str]
@@ -234,16 +236,25 @@ class Groups(Sequence[Group]):
         """What the integers that modules hold must be when only ``alive`` neurons stay.
 
         One that was used for several things whose sizes would differ is left out, and so is one that the forward
-        calculates with: there the calls are rewritten.
+        calculates with, unless only as a quotient that stays the same: there the calls are rewritten.
         """
         result = {}
         for site, uses in self.attributes.items():
             if (site.module, site.name) in self.numeric:
                 continue
             sizes = {divmod(len(extent.kept(alive)), times) for extent, times in uses}
-            if len(sizes) == 1 and not next(iter(sizes))[1]:
-                result[site] = sizes.pop()[0]
+            before = len(uses[0][0].unit_of) // uses[0][1]
+            size, rest = sizes.pop()
+            if not sizes and not rest and size and self._divides(site, before, size, alive):
+                result[site] = size
         return result
+
+    def _divides(self, site: AttributeSite, before: int, after: int, alive: Tensor) -> bool:
+        """Whether the forward's quotients stay the same when an integer changes."""
+        return all(
+            len(extent.unit_of) // (before * times) == len(extent.kept(alive)) // (after * times)
+            for extent, times in self.divided.get(site, ())
+        )
 
     def counts(self, alive: Tensor) -> dict[str, list[int]]:
         """Buffers of indices -> the indices that stay of what they count along, where some go."""
@@ -384,6 +395,9 @@ class Groups(Sequence[Group]):
             },
             "attributes": {
                 key: tuple((change(extent), times) for extent, times in uses) for key, uses in self.attributes.items()
+            },
+            "divided": {
+                key: tuple((change(extent), times) for extent, times in uses) for key, uses in self.divided.items()
             },
             "constants": {key: change(extent) for key, extent in self.constants.items()},
         }
@@ -629,6 +643,7 @@ def _assemble(
             key: tuple((extent(labels), times) for labels, times in uses) for key, uses in trace.attributes.items()
         },
         numeric=frozenset(trace.numeric),
+        divided={key: tuple((extent(labels), times) for labels, times in uses) for key, uses in trace.divided.items()},
         constants={key: extent(labels) for key, labels in trace.constants.items()},
         unmasked=frozenset(trace.unmasked),
         own=frozenset(name for name, paths in trace.readers.items() if paths == {name.rpartition(".")[0]}),

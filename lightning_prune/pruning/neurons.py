@@ -630,7 +630,7 @@ def _numbers(
             numbers: list[Any] = list(found.get(site.module, {}).get(site.name, held))  # type: ignore[arg-type]
             numbers[site.place] = size
             found.setdefault(site.module, {})[site.name] = tuple(numbers)
-    used = {(site.module, site.name) for site in groups.attributes} | groups.numeric
+    used = {(site.module, site.name) for site in (*groups.attributes, *groups.divided)} | groups.numeric
     sizes = [
         (name, dim, size, len(kept.get(name, {}).get(dim, range(size))))
         for name, tensor in tensors.items()

@@ -26,6 +26,8 @@ AS_A_NUMBER: dict[str, Callable[[Any], Any]] = {
     "root": lambda n: n**-0.5,
     "exponent": lambda n: 2**n,
     "times_float": lambda n: n * 0.5,
+    "root_of_quotient": lambda n: (n // 2) ** -0.5,
+    "root_of_divided": lambda n: math.sqrt(20 // n),
 }
 
 AS_A_SIZE: dict[str, Callable[[Any], Any]] = {
@@ -90,10 +92,35 @@ def test_sums_and_products_of_integers_tell_nothing(name: str) -> None:
             assert not told()
 
 
-@pytest.mark.parametrize("name", ["plus", "minus", "minus_behind", "quotient", "rest", "integer"])
+@pytest.mark.parametrize("name", ["plus", "minus", "minus_behind", "rest", "integer"])
 def test_arithmetic_forgets_where_an_integer_came_from(name: str) -> None:
     with numbers() as found:
         assert {type(AS_A_SIZE[name](number)) for number, _ in found} == {int}
+
+
+def test_a_quotient_tells_of_all_that_it_was_made_of() -> None:
+    numeric: set[tuple[str, str]] = set()
+    told: list[str] = []
+    attribute, size = marked(6, numeric), watched_size(13, lambda: told.append("size"))
+    assert (type(size // attribute), type(attribute // size), told, numeric) == (Number, Number, [], set())
+    assert (size // attribute / 1, told, numeric) == (2.0, ["size"], {("layer", "width")})
+    assert (size // 2.0, 13.0 // size, divmod(size, 2)) == (6.0, 1.0, (6, 1))
+    with pytest.raises(ZeroDivisionError):
+        size // 0
+    with pytest.raises(TypeError):
+        size // "a"  # type: ignore[operator]
+
+
+def test_a_size_tells_by_which_attribute_it_was_divided_for_a_number() -> None:
+    numeric: set[tuple[str, str]] = set()
+    told: list[Any] = []
+    attribute = marked(3, numeric)
+    size = watched_size(13, lambda: told.append("size"), divided_by=told.append)
+    assert [0] * (size // attribute) == [0] * 4
+    assert told == []
+    assert float(size // attribute) == 4
+    assert (told, numeric) == ([attribute], set())
+    assert told[0] is attribute
 
 
 def test_a_multiple_of_an_attribute_remembers_it_and_its_factor() -> None:
@@ -230,6 +257,8 @@ CALCULATED: dict[str, Callable[[Tensor], Tensor]] = {
     "tensor": lambda x: x / torch.tensor(float(x.size(1))).to(x),
     "mean": lambda x: x - x.sum().div(x.numel()) * 0.1,
     "elements": lambda x: x * (torch.numel(x) / len(x)),
+    "half": lambda x: x * (x.size(1) // 2) ** -0.5,
+    "divisor": lambda x: x * float(17 // x.size(1)),
 }
 
 
@@ -392,6 +421,41 @@ def test_an_element_of_a_tuple_or_list_is_changed_alone(kind: Any) -> None:
     plan = check(model, inputs(IMAGE))
     assert model.shape == kind((model.a.out_channels, 9))
     assert plan.patches == ()
+
+
+class Attention(nn.Module):
+    """Self-attention that calculates its scale from a width and the number of heads, as in torchvision's Swin."""
+
+    def __init__(self, scale_of: Callable[[Tensor, Tensor], int]) -> None:
+        super().__init__()
+        self.n_head, self.scale_of = 4, scale_of
+        self.q, self.k, self.v = (nn.Linear(16, 24 if n < 2 else 12) for n in range(3))
+        self.out = nn.Linear(12, 16)
+        self.bias = nn.Parameter(torch.randn(self.n_head, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [f(x).unflatten(2, (self.n_head, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        q = heads[0] * (self.scale_of(x, self.q(x)) // self.n_head) ** -0.5
+        scores = q @ heads[1].transpose(-2, -1) + self.bias
+        return x + self.out((scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("scale_of", "heads"), [(lambda x, q: x.size(-1), 4), (lambda x, q: q.size(-1), 2), (lambda x, q: 24, 4)]
+)
+def test_a_divisor_changes_only_where_the_quotient_stays(scale_of: Any, heads: int) -> None:
+    """Heads go with their number where what it divides shrinks alike; otherwise calls are rewritten."""
+    model, x = build(lambda: nn.Sequential(Attention(scale_of), nn.Linear(16, 2))), inputs((5, 16))
+    assert [(g.size, g.exact) for g in find_groups(model, x).prunable] == [(4, True)]
+    dense, plan = copy.deepcopy(model), Plan({}, {})
+    for _ in range(2):
+        plan = plan.then(prune_neurons(model, x, 0.25, exact_only=True))
+    assert (len(plan.kept["0.bias"][0]), model[0].n_head, bool(plan.patches)) == (2, heads, heads == 4)
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((5, 16), 3), modes=("train",))
+    fresh = copy.deepcopy(dense)
+    plan.apply(fresh)
+    fresh.load_state_dict(model.state_dict())
+    assert_same_outputs(fresh, model, x)
 
 
 def test_a_multiple_of_an_attribute_follows() -> None:
