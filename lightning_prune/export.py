@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.activations.apply import Change, apply_changes, present_activations, take_back_changes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
-from lightning_prune.graph.run import named_tensors
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.pruning.masks import INTEGERS
 from lightning_prune.pruning.passing import Form, inside, passes, passing_layers, remove_modules
 from lightning_prune.pruning.surgery import Numbers, fit_shapes, fits

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_prune.graph.callsites import installed_patches
-from lightning_prune.graph.run import named_tensors
+from lightning_prune.graph.tree import named_tensors
 
 TOLERANCE = 1e-10
 """Relative; float64."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.graph.run import named_tensors
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.pruning.masks import local, share_of, whole
 from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.plan import Plan

@@ -16,7 +16,8 @@ from lightning_prune.callbacks._clock import Point
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall, install_patches
 from lightning_prune.graph.observe import Observer, Use, rescaled
-from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
+from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.pruning.budget import Budget, listed
 from lightning_prune.pruning.change import Change, refer
 from lightning_prune.pruning.optimizers import renew

@@ -25,8 +25,9 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.copies import tie_copies, trained_by
 from lightning_prune.graph.groups import Groups, draw_groups
-from lightning_prune.graph.run import as_calls, named_tensors, traced
+from lightning_prune.graph.run import as_calls, traced
 from lightning_prune.graph.trace import Trace, Tracer
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.graph.verify import kept_masks
 from lightning_prune.pruning.criteria import UNTOLD, Activation, Random, Taylor, collect_now, get_neuron_criterion
 from lightning_prune.pruning.masks import HeldMasks, apply_masks

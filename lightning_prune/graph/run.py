@@ -26,7 +26,6 @@ __all__ = [
     "check_model",
     "cuda_devices",
     "doubled",
-    "named_tensors",
     "no_collection",
     "plain_encoders",
     "run_calls",

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
-from lightning_prune.graph.run import named_tensors, same_buffers, standing_in
-from lightning_prune.graph.tree import leaves, modules_of
+from lightning_prune.graph.run import same_buffers, standing_in
+from lightning_prune.graph.tree import leaves, modules_of, named_tensors
 
 __all__ = [
     "TOLERANCE",

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall, untraced
 from lightning_prune.graph.groups import NO_UNIT, Groups, Slice
-from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
-from lightning_prune.graph.tree import modules_of
+from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.tree import modules_of, named_tensors
 from lightning_prune.pruning.weight_criteria import CONVOLUTIONS, TRANSPOSED
 
 __all__ = ["NEURON_CRITERIA", "NeuronCriterion", "collect_now", "get_neuron_criterion", "relative"]

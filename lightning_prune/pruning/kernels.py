@@ -18,7 +18,8 @@ from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.copies import original_of
 from lightning_prune.graph.observe import Observer, Use
-from lightning_prune.graph.run import as_calls, check_model, named_tensors, run_calls, undisturbed
+from lightning_prune.graph.run import as_calls, check_model, run_calls, undisturbed
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.graph.verify import MaskedModel
 from lightning_prune.pruning.budget import COSTS, Budget, add_copies, among, listed
 from lightning_prune.pruning.neurons import as_optimizers, warn_no_effect

@@ -33,14 +33,13 @@ from lightning_prune.graph.run import (
     cast,
     cuda_devices,
     doubled,
-    named_tensors,
     no_collection,
     plain_encoders,
     run_calls,
     undisturbed,
 )
 from lightning_prune.graph.sized import SHAPES
-from lightning_prune.graph.tree import leaves, modules_of
+from lightning_prune.graph.tree import leaves, modules_of, named_tensors
 from lightning_prune.graph.tree import tensors as tensors_of
 from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs
 from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative

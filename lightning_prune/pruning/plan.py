@@ -11,7 +11,7 @@ from torch import nn
 from lightning_prune.activations.apply import Change, apply_changes, merge_changes, take_back_changes
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.callsites import SizePatch, install_patches, installed_patches, remove_patches
-from lightning_prune.graph.run import named_tensors
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.pruning.passing import Form, inside, passes, put_back, remove_modules, skeletons_of
 from lightning_prune.pruning.surgery import Attributes, Value, enlarge, shrink
 

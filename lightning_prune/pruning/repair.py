@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups
-from lightning_prune.graph.run import named_tensors, run_calls, undisturbed
-from lightning_prune.graph.tree import modules_of
+from lightning_prune.graph.run import run_calls, undisturbed
+from lightning_prune.graph.tree import modules_of, named_tensors
 from lightning_prune.pruning.weight_criteria import CONVOLUTIONS
 
 __all__ = ["COMPENSATIONS", "Repair", "add_to", "recalibrate"]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
-from lightning_prune.graph.run import named_tensors
-from lightning_prune.graph.tree import OWN, modules_of
+from lightning_prune.graph.tree import OWN, modules_of, named_tensors
 from lightning_prune.pruning.attention import NarrowAttention, install_narrow_attention, remove_narrow_attention
 from lightning_prune.pruning.change import (
     HOLDERS,

@@ -13,7 +13,8 @@ from lightning_prune.activations.apply import Change
 from lightning_prune.errors import PruningError, TraceError
 from lightning_prune.graph.callsites import ModuleCall
 from lightning_prune.graph.groups import Groups, find_groups
-from lightning_prune.graph.run import as_calls, check_model, named_tensors, plain_encoders, undisturbed
+from lightning_prune.graph.run import as_calls, check_model, plain_encoders, undisturbed
+from lightning_prune.graph.tree import named_tensors
 from lightning_prune.pruning.latency import latencies, layer_times
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.sensitivity import Sensitivity

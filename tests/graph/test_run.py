@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.graph.run import doubled, named_tensors, undisturbed
-from lightning_prune.graph.tree import modules_of, tensors
+from lightning_prune.graph.run import doubled, undisturbed
+from lightning_prune.graph.tree import modules_of, named_tensors, tensors
 
 
 def test_statistics_of_batch_norm_are_put_back() -> None:
