@@ -507,7 +507,7 @@ def draw_groups(trace: Trace) -> Groups:
     axis is tried.
     """
     while True:
-        solution = trace.book.solve()
+        solution = _with_quotients(trace, trace.book.solve())
         made = _made(trace, solution)
         places = _at_leaves(trace, solution.root)
         families = _families(trace, solution, made, places)
@@ -515,6 +515,21 @@ def draw_groups(trace: Trace) -> Groups:
         lonely = solution.axes_within(trace.book.boxes, torch.cat(alone)) if alone else []
         if not lonely or not trace.book.avoid(lonely):
             return _draw(trace, solution, made, places, families)
+
+
+def _with_quotients(trace: Trace, solution: Solution) -> Solution:
+    """Mix what an integer divides that does not count it: a number that the forward calculates with changes with it."""
+    found: dict[str, list[Tensor]] = {}
+    for site, uses in trace.divided.items():
+        counted = [] if (site.module, site.name) in trace.numeric else trace.attributes.get(site, [])
+        follows = torch.cat([torch.empty(0, dtype=torch.long), *(solution.root[labels] for labels, _ in counted)])
+        follows = follows[solution.reason[follows] == 0]
+        for labels, _, reason in uses:
+            roots = solution.root[labels]
+            if not bool(torch.isin(roots, follows).any()):
+                found.setdefault(reason, [solution.mixed.get(reason, roots[:0])]).append(roots)
+    more = {reason: torch.cat(roots).unique() for reason, roots in found.items()}
+    return replace(solution, mixed=solution.mixed | more)
 
 
 def _at_leaves(trace: Trace, values: Tensor) -> tuple[Tensor, ...]:
@@ -643,7 +658,7 @@ def _assemble(
             key: tuple((extent(labels), times) for labels, times in uses) for key, uses in trace.attributes.items()
         },
         numeric=frozenset(trace.numeric),
-        divided={key: tuple((extent(labels), times) for labels, times in uses) for key, uses in trace.divided.items()},
+        divided={key: tuple((extent(labels), n) for labels, n, _ in uses) for key, uses in trace.divided.items()},
         constants={key: extent(labels) for key, labels in trace.constants.items()},
         unmasked=frozenset(trace.unmasked),
         own=frozenset(name for name, paths in trace.readers.items() if paths == {name.rpartition(".")[0]}),

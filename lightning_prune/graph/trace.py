@@ -78,13 +78,8 @@ class AttributeSite:
     place: int | None = None
 
 
-AttributeUses = dict[AttributeSite, list[tuple[Tensor, int]]]
-"""Labels that have to do with an integer that a module holds, and with which multiple of it."""
-
-
-def _note(uses: AttributeUses, labels: Tensor, attribute: Attribute) -> None:
-    site = AttributeSite(attribute.module, attribute.name, attribute.place)
-    uses.setdefault(site, []).append((labels, attribute.factor))
+def _site(attribute: Attribute) -> AttributeSite:
+    return AttributeSite(attribute.module, attribute.name, attribute.place)
 
 
 @dataclass
@@ -101,7 +96,7 @@ class Trace:
         inputs: Labels of the tensors that such calls take their sizes of, each time.
         attributes: What multiples of integers that modules hold count, each time that one was used as a size.
         numeric: Modules and their attributes that the forward calculates with: these must not change.
-        divided: What multiples of such integers divided for a number that the forward calculates with.
+        divided: What multiples of such integers divided for a number that the forward calculates with, and where.
         constants: Buffers that hold indices, and what they count along.
         unmasked: Dimensions of parameters that a masked model leaves as they are.
         readers: Paths of the modules that were running when each parameter or buffer was read.
@@ -118,9 +113,9 @@ class Trace:
     sized: dict[tuple[CallSite, int], Tensor] = field(default_factory=dict)
     picked: dict[tuple[CallSite, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     inputs: dict[CallSite, list[Dims]] = field(default_factory=dict)
-    attributes: AttributeUses = field(default_factory=dict)
+    attributes: dict[AttributeSite, list[tuple[Tensor, int]]] = field(default_factory=dict)
     numeric: set[tuple[str, str]] = field(default_factory=set)
-    divided: AttributeUses = field(default_factory=dict)
+    divided: dict[AttributeSite, list[tuple[Tensor, int, str]]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     unmasked: set[tuple[str, int]] = field(default_factory=set)
     readers: dict[str, set[str]] = field(default_factory=dict)
@@ -468,8 +463,10 @@ class Tracer:
             (labels,) = dims
             assert labels is not None
 
-            counted_by = partial(_note, self.trace.attributes, labels)
-            return watched_size(number, told, counted_by, partial(_note, self.trace.divided, labels))
+            def divided_by(attribute: Attribute) -> None:
+                self.trace.divided.setdefault(_site(attribute), []).append((labels, attribute.factor, reason))
+
+            return watched_size(number, told, partial(self._counts, labels), divided_by)
 
         if dim:
             return watched(size, known[dim[0]])
@@ -511,13 +508,16 @@ class Tracer:
                 self.trace.book.freeze(labels, "its size is written outside any module's forward")
                 continue
             if isinstance(given[place], Attribute):
-                _note(self.trace.attributes, labels, given[place])
+                self._counts(labels, given[place])
             known_labels = self.trace.sized.setdefault((site, place), labels)
             if len(known_labels) == len(labels):  # the module runs more than once: one patch must serve all runs
                 self.trace.book.unify(known_labels, labels, "")
             else:
                 for different in (known_labels, labels):
                     self.trace.book.freeze(different, f"{site.function} in {site.module} has varying sizes")
+
+    def _counts(self, labels: Tensor, attribute: Attribute) -> None:
+        self.trace.attributes.setdefault(_site(attribute), []).append((labels, attribute.factor))
 
     def _labels_of(self, tensor: Tensor) -> Dims:
         return self._dims_of(tensor) or (None,) * tensor.dim()

@@ -426,9 +426,9 @@ def test_an_element_of_a_tuple_or_list_is_changed_alone(kind: Any) -> None:
 class Attention(nn.Module):
     """Self-attention that calculates its scale from a width and the number of heads, as in torchvision's Swin."""
 
-    def __init__(self, scale_of: Callable[[Tensor, Tensor], int]) -> None:
+    def __init__(self, scale_of: Callable[[Tensor, Tensor], int], heads: int = 4) -> None:
         super().__init__()
-        self.n_head, self.scale_of = 4, scale_of
+        self.n_head, self.scale_of = heads, scale_of
         self.q, self.k, self.v = (nn.Linear(16, 24 if n < 2 else 12) for n in range(3))
         self.out = nn.Linear(12, 16)
         self.bias = nn.Parameter(torch.randn(self.n_head, 1, 1))
@@ -456,6 +456,31 @@ def test_a_divisor_changes_only_where_the_quotient_stays(scale_of: Any, heads: i
     plan.apply(fresh)
     fresh.load_state_dict(model.state_dict())
     assert_same_outputs(fresh, model, x)
+
+
+@pytest.mark.parametrize(
+    ("scale_of", "heads", "exact"),
+    [
+        (lambda x, q: x.size(-1), 4, {"0 + 1.out": False, "1.q + 1.k + 1.v": True}),
+        (lambda x, q: q.size(-1), 4, {"0 + 1.out": True, "1.q + 1.k + 1.v": True}),
+        (lambda x, q: q.size(-1), 1, {"0 + 1.out": True, "1.q + 1.k": False, "1.v": True}),
+    ],
+    ids=["width", "heads", "one head"],
+)
+def test_what_is_divided_is_calculated_with_unless_it_shrinks_with_its_divisor(
+    scale_of: Any, heads: int, exact: dict[str, bool]
+) -> None:
+    layers = lambda: nn.Sequential(nn.Linear(5, 16), Attention(scale_of, heads), nn.Linear(16, 2))  # noqa: E731
+    model, x = build(layers), inputs((5, 5))
+    groups = find_groups(model, x)
+    assert {group.name: group.exact for group in groups.prunable} == exact
+    reasons = {reason for group in groups.prunable for reason in group.mixing}
+    assert reasons <= {"calculates with its size in 1"}
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.4, scope="layer", exact_only=True)
+    assert plan.approximate == {}
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((5, 5), 3), modes=("train",))
+    assert set(prune_neurons(dense, x, 0.4, scope="layer").approximate) == {n for n, same in exact.items() if not same}
 
 
 def test_a_multiple_of_an_attribute_follows() -> None:
