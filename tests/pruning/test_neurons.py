@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune import NoEffectWarning, Plan, PruningError, SurgeryError, count_cost, find_groups, prune_neurons
+from lightning_prune.graph.verify import OutputsDifferError
 from lightning_prune.pruning import neurons as neurons_module
 from lightning_prune.pruning.neurons import remove_neurons
 
@@ -863,6 +864,24 @@ def test_differences_that_are_rounding_refuse_nothing() -> None:
     scores = model.eval().head(model.net(x))
     masked = masked_twin(twin, plan.kept).eval()
     torch.testing.assert_close(scores, masked.head(masked.net(x)))
+
+
+def test_a_difference_in_single_precision_is_judged_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever rounds on the processor at hand."""
+    compared: list[torch.dtype] = []
+
+    def compare(expected: Tensor, actual: Tensor) -> None:
+        compared.append(expected.dtype)
+        torch.testing.assert_close(expected, actual)
+        if expected.dtype is torch.float32:
+            raise OutputsDifferError("they differ")
+
+    monkeypatch.setattr(neurons_module, "compare_outputs", compare)
+    model = Amplifying(width=100)
+    plan = prune_neurons(model, torch.rand(16, 6), 0.5)
+    assert compared == [torch.float32, torch.float64]
+    assert not [why for why in plan.frozen.values() if "fails" in why]
+    assert (model.net[0].out_features + model.net[3].out_features, len(plan.kept["net.1.running_mean"])) == (100, 1)
 
 
 def test_what_does_not_run_in_double_is_judged_as_it_is() -> None:
