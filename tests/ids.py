@@ -1,0 +1,9 @@
+"""Names of tests that are the same in every process."""
+
+import re
+from typing import Any
+
+
+def plain(value: Any) -> str:
+    """A parameter of a test as text, without the addresses of functions."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
