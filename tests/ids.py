@@ -4,6 +4,6 @@ import re
 from typing import Any
 
 
-def plain(value: Any) -> str:
+def without_addresses(value: Any) -> str:
     """A parameter of a test as text, without the addresses of functions."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

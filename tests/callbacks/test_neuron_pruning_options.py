@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ids import plain
+from ids import without_addresses
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import (
@@ -83,7 +83,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "options", OPTIONS, ids=lambda options: ", ".join(f"{k}={plain(v)}" for k, v in options.items())
+    "options", OPTIONS, ids=lambda options: ", ".join(f"{k}={without_addresses(v)}" for k, v in options.items())
 )
 @pytest.mark.parametrize("net", [conv_net, Residual, SmallLiteralView])
 def test_every_option_meets_its_amount_and_leaves_a_plain_module(net: Any, options: dict[str, Any]) -> None:
@@ -309,7 +309,7 @@ def test_masks_and_averages_and_weight_masks_together() -> None:
         {"criterion": "activation", "remove": "end"},
         {"criterion": "random", "every": 2},
     ],
-    ids=lambda options: ", ".join(f"{k}={plain(v)}" for k, v in options.items()),
+    ids=lambda options: ", ".join(f"{k}={without_addresses(v)}" for k, v in options.items()),
 )
 @pytest.mark.parametrize("net", [conv_net, Residual])
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

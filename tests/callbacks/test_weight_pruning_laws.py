@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ids import plain
+from ids import without_addresses
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -104,9 +104,9 @@ def test_zero_stays_zero_under_every_optimizer(name: str, every: Any) -> None:
         {"precision": "bf16-true"},
         {"precision": "bf16-true", "gradient_clip_val": 0.01, "accumulate_grad_batches": 2},
     ],
-    ids=plain,
+    ids=without_addresses,
 )
-@pytest.mark.parametrize("criterion", CRITERIA, ids=plain)
+@pytest.mark.parametrize("criterion", CRITERIA, ids=without_addresses)
 def test_zero_stays_zero_under_every_criterion(criterion: Any, options: dict[str, Any]) -> None:
     pruning = weights(0.5, criterion=criterion, every=3, end=1.0)
     hold(seeded(lambda: Task(optimizer=PARTS(optim.AdamW, lr=0.01, weight_decay=0.1))), pruning, **options)
@@ -341,7 +341,7 @@ def wanted(scope: Any, sizes: dict[str, int], amount: float) -> Any:
 
 @pytest.mark.parametrize("every", ["epoch", 3])
 @pytest.mark.parametrize("schedule", ["cubic", "linear", "exponential", "one_cycle", "one_shot", lambda p: p**2])
-@pytest.mark.parametrize("scope", SCOPES, ids=plain)
+@pytest.mark.parametrize("scope", SCOPES, ids=without_addresses)
 def test_amounts_of_every_scope_and_schedule(scope: Any, schedule: Any, every: Any) -> None:
     module = seeded(lambda: Task(mlp(8, 12, 8, CLASSES), shape=(8,)))
     gone: list[int] = []
@@ -358,9 +358,9 @@ def test_amounts_of_every_scope_and_schedule(scope: Any, schedule: Any, every: A
     assert gone == sorted(gone), "a schedule never takes anything back"
 
 
-@pytest.mark.parametrize("criterion", CRITERIA, ids=plain)
+@pytest.mark.parametrize("criterion", CRITERIA, ids=without_addresses)
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "block:2x2", "block:4x1"])
-@pytest.mark.parametrize("scope", SCOPES, ids=plain)
+@pytest.mark.parametrize("scope", SCOPES, ids=without_addresses)
 def test_patterns_hold(scope: Any, pattern: str, criterion: Any) -> None:
     module = seeded(lambda: Task(mlp(8, 12, 8, CLASSES), shape=(8,)))
     pruning = weights(0.4, scope=scope, pattern=pattern, criterion=criterion, every=3)
@@ -450,7 +450,7 @@ if hasattr(callbacks, "EMAWeightAveraging"):
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"rewind_to": 0}, {"rewind_to": 1, "start": 0.3}, {"regrow": "set"}], ids=plain
+    "options", [{}, {"rewind_to": 0}, {"rewind_to": 1, "start": 0.3}, {"regrow": "set"}], ids=without_addresses
 )
 @pytest.mark.parametrize("name", AROUND)
 def test_beside_lightnings_own_callbacks(
@@ -529,7 +529,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=plain)
+@pytest.mark.parametrize("options", OPTIONS, ids=without_addresses)
 @pytest.mark.parametrize("make", [LateLayers, Tied])
 def test_late_layers_and_tied_weights(make: Any, options: dict[str, Any]) -> None:
     module = seeded(make)
@@ -557,7 +557,7 @@ SAVERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "options",
     [{}, {"every": 3}, {"criterion": "wanda", "pattern": "2:4"}, {"regrow": "rigl"}, {"rewind_to": 1, "start": 0.25}],
-    ids=plain,
+    ids=without_addresses,
 )
 @pytest.mark.parametrize("saver", SAVERS)
 def test_validating_a_checkpoint_gives_its_metric(
@@ -597,7 +597,7 @@ def test_validating_a_checkpoint_gives_its_metric(
 # -- nothing is left behind, and exceptions leave the model usable -------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"pattern": "2:4"}, {"scope": {"net.0": 0.3}}], ids=plain)
+@pytest.mark.parametrize("options", [*OPTIONS, {"pattern": "2:4"}, {"scope": {"net.0": 0.3}}], ids=without_addresses)
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_validation_start"]
@@ -651,7 +651,7 @@ PAIRS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=plain)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=without_addresses)
 def test_callbacks_on_different_parts(first: dict[str, Any], second: dict[str, Any], swap: bool) -> None:
     module = seeded(lambda: Task(mlp(8, 12, 8, CLASSES), shape=(8,)))
     one, two = weights(0.5, include="net.0", **first), weights(0.25, exclude="net.0", **second)
@@ -669,7 +669,7 @@ TOGETHER = [*OPTIONS, {"criterion": "movement", "regrow": "rigl", "every": 3}, {
 @pytest.mark.parametrize(
     ("options", "ours_first"),
     [
-        pytest.param(options, ours, id=f"{options}-{ours}")
+        pytest.param(options, ours, id=without_addresses(f"{options}-{ours}"))
         for options, ours in itertools.product(TOGETHER, (True, False))
     ],
 )
@@ -716,7 +716,7 @@ def frozen(kind: Any = Task) -> Any:
         (PARTS(Task, endless=True), {"rewind_to": 2, "end": 2}, "rewind_to=2 lies after the first pruning"),
         (Task, {"rewind_to": 2, "start": 1, "end": 4, "every": 3}, "rewind_to=2 lies after the first pruning"),
     ],
-    ids=plain,
+    ids=without_addresses,
 )
 def test_what_cannot_work_is_refused(make: Any, options: dict[str, Any], message: str) -> None:
     assert_refused(make, [weights(**options)], {"max_epochs": 4}, message)
@@ -845,7 +845,7 @@ def test_inputs_are_not_watched_longer_than_needed(schedule: Any, every: Any, tm
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("criterion", ["l1", "taylor", "wanda", "synflow", "random"])
-@pytest.mark.parametrize("options", [{}, {"regrow": "set", "schedule": "one_shot"}], ids=plain)
+@pytest.mark.parametrize("options", [{}, {"regrow": "set", "schedule": "one_shot"}], ids=without_addresses)
 def test_a_diverged_training_is_named_and_nothing_is_pruned(
     options: dict[str, Any], criterion: str, value: float
 ) -> None:

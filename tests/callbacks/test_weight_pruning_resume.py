@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from ids import plain
+from ids import without_addresses
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import (
@@ -117,7 +117,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=plain)
+@pytest.mark.parametrize("options", OPTIONS, ids=without_addresses)
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["SGD", "AdamW"])
 def test_resumed_from_every_epoch(optimizer: Any, options: dict[str, Any], tmp_path: Path) -> None:
     def make() -> Task:
@@ -128,7 +128,7 @@ def test_resumed_from_every_epoch(optimizer: Any, options: dict[str, Any], tmp_p
     assert both.check() == 4
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=plain)
+@pytest.mark.parametrize("options", OPTIONS, ids=without_addresses)
 def test_resumed_from_the_middle_of_epochs(options: dict[str, Any], tmp_path: Path) -> None:
     amount = 0.4 if options.get("pattern") == "2:4" else 0.6
     both = Compared(Alike, lambda: [weights(amount, **options)], tmp_path, steps=3)
@@ -141,7 +141,9 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("options", [{"end": 1.0}, {"rewind_to": 0}, {"rewind_to": 1, "start": 0.25}], ids=plain)
+@pytest.mark.parametrize(
+    "options", [{"end": 1.0}, {"rewind_to": 0}, {"rewind_to": 1, "start": 0.25}], ids=without_addresses
+)
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_under_every_optimizer(name: str, options: dict[str, Any], tmp_path: Path) -> None:
 
@@ -479,7 +481,7 @@ def test_a_checkpoint_of_other_parts_starts_anew(tmp_path: Path) -> None:
     assert zeros({"first": prunable(module)["net.0.weight"]}) == (54, 72)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=plain)
+@pytest.mark.parametrize("options", OPTIONS, ids=without_addresses)
 def test_a_second_fit_of_a_fresh_model_starts_anew(options: dict[str, Any]) -> None:
     amount = 0.4 if options.get("pattern") == "2:4" else 0.6
     results, used = [], weights(amount, **options)
@@ -499,7 +501,7 @@ class Cut(Exception):
     """The power is gone."""
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=plain)
+@pytest.mark.parametrize("options", OPTIONS, ids=without_addresses)
 def test_interrupted_again_and_again(options: dict[str, Any], tmp_path: Path) -> None:
     """The same as below, in one process."""
     amount, whole = 0.4 if options.get("pattern") == "2:4" else 0.6, seeded(lambda: Alike(batches=7))
@@ -583,7 +585,7 @@ slow = pytest.mark.skipif("LIGHTNING_PRUNE_KILLS" not in os.environ, reason="a m
         {"regrow": "rigl", "every": 3, "end": 1.0},
         {"rewind_to": 1, "start": 1, "end": 3},
     ],
-    ids=plain,
+    ids=without_addresses,
 )
 def test_killed_and_resumed(options: dict[str, Any], tmp_path: Path) -> None:
     # Never at the end of an epoch: Lightning alone loses count if it is resumed from there twice.

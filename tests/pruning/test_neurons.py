@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ids import plain
+from ids import without_addresses
 from networks import (
     CASES,
     FUNCTIONAL_ACTIVATIONS,
@@ -68,7 +68,7 @@ def test_three_steps_of_removal_equal_masking_with_the_union(name: str) -> None:
     check_removal(model, x, inputs(CASES[name][1], batch=3, seed=1), amounts=(0.2, 0.2, 0.25), modes=("train",))
 
 
-@pytest.mark.parametrize("activation", MODULE_ACTIVATIONS + FUNCTIONAL_ACTIVATIONS, ids=plain)
+@pytest.mark.parametrize("activation", MODULE_ACTIVATIONS + FUNCTIONAL_ACTIVATIONS, ids=without_addresses)
 def test_removal_equals_masking_behind_every_activation(activation: Any) -> None:
     model = build(lambda: activation_case(activation))
     check_removal(model, inputs(IMAGE), inputs(IMAGE, batch=3), amounts=(0.5,), modes=("train",))
@@ -394,7 +394,7 @@ def trained(model: nn.Module, x: Tensor, **options: Any) -> torch.optim.Optimize
         (prune_half, RuntimeError("no"), PruningError),
         (prune_half, KeyboardInterrupt(), KeyboardInterrupt),
     ],
-    ids=plain,
+    ids=without_addresses,
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_that_refuses_to_shrink_is_put_back(remove: Any, error: Any, raised: Any, training: bool) -> None:
