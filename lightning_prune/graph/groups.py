@@ -236,21 +236,19 @@ class Groups(Sequence[Group]):
         """What the integers that modules hold must be when only ``alive`` neurons stay.
 
         One that was used for several things whose sizes would differ is left out, and so is one that the forward
-        calculates with, unless only as a quotient that stays the same: there the calls are rewritten.
+        calculates with: there the calls are rewritten. Of those that divide, see `same_quotients`.
         """
         result = {}
         for site, uses in self.attributes.items():
             if (site.module, site.name) in self.numeric:
                 continue
             sizes = {divmod(len(extent.kept(alive)), times) for extent, times in uses}
-            before = len(uses[0][0].unit_of) // uses[0][1]
-            size, rest = sizes.pop()
-            if not sizes and not rest and size and self._divides(site, before, size, alive):
-                result[site] = size
+            if len(sizes) == 1 and not next(iter(sizes))[1]:
+                result[site] = sizes.pop()[0]
         return result
 
-    def _divides(self, site: AttributeSite, before: int, after: int, alive: Tensor) -> bool:
-        """Whether the forward's quotients stay the same when an integer changes."""
+    def same_quotients(self, site: AttributeSite, before: int, after: int, alive: Tensor) -> bool:
+        """Whether what the forward calculates with by dividing by an integer stays the same when that changes too."""
         return all(
             len(extent.unit_of) // (before * times) == len(extent.kept(alive)) // (after * times)
             for extent, times in self.divided.get(site, ())

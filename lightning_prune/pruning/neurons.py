@@ -623,6 +623,9 @@ def _numbers(
     found: dict[str, dict[str, Value]] = {}
     for site, size in groups.numbers(alive).items():
         held = modules[site.module].__dict__.get(site.name)
+        before = held[site.place] if isinstance(held, (tuple, list)) and site.place is not None else held
+        if isinstance(before, int) and not groups.same_quotients(site, before, size, alive):
+            continue
         if site.place is None:
             found.setdefault(site.module, {})[site.name] = size
         elif isinstance(held, (tuple, list)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune import Plan, PruningError, find_groups, prune_neurons
 from lightning_prune.graph.callsites import Attribute, Number, installed_patches, marked_attributes, watched_size
+from lightning_prune.pruning.neurons import remove_neurons
 
 AS_A_NUMBER: dict[str, Callable[[Any], Any]] = {
     "float": float,
@@ -456,6 +457,22 @@ def test_a_divisor_changes_only_where_the_quotient_stays(scale_of: Any, heads: i
     plan.apply(fresh)
     fresh.load_state_dict(model.state_dict())
     assert_same_outputs(fresh, model, x)
+
+
+def test_a_divisor_that_stayed_stays_when_something_else_is_removed() -> None:
+    attention = lambda: Attention(lambda x, q: x.size(-1))  # noqa: E731
+    model = build(lambda: nn.Sequential(nn.Linear(5, 16), attention(), nn.Linear(16, 8), nn.Linear(8, 2)))
+    x, dense, plan = inputs((5, 5)), copy.deepcopy(model), Plan({}, {})
+    groups = find_groups(model, x)
+    for name in ("1.q + 1.k + 1.v", "2"):
+        alive = torch.ones(groups.neurons, dtype=torch.bool)
+        (first,) = (r.start for g, r in zip(groups.prunable, groups.ranges, strict=True) if g.name == name)
+        alive[first] = False
+        plan = plan.then(remove_neurons(model, groups, alive))
+        groups = groups.without(alive)
+    plan = plan.then(prune_neurons(model, x, 0.3, include="2", exact_only=True))
+    assert (model[1].n_head, model[2].out_features) == (4, 5)
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x, inputs((5, 5), 3), modes=("train",))
 
 
 @pytest.mark.parametrize(
