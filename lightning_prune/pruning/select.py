@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.errors import PruningError
 from lightning_prune.graph.copies import copies_of_trained, trained_by
-from lightning_prune.graph.groups import Groups
+from lightning_prune.graph.groups import NO_UNIT, Groups
 
 __all__ = [
     "BUDGETS",
@@ -199,7 +199,8 @@ def select_neurons(
         of: What the fraction is of: ``"neurons"`` (met to the nearest), ``"params"`` or ``"macs"`` (at or just
             past it).
         scope: ``"global"`` ranks all neurons together, by score, or where ``of`` is a cost by what saving it costs
-            (share of the group's remaining score per unit saved); ``"layer"`` takes the same fraction of each group;
+            (share of the group's remaining score, times the layers whose weights it is of, per unit saved);
+            ``"layer"`` takes the same fraction of each group;
             ``"sensitivity"`` takes from each what hurts the model as much; or the fraction of each group by glob on
             the layers that make it (the smallest where several match; ``amount`` where none does).
         round_to: Groups shrink to multiples of this only.
@@ -351,6 +352,7 @@ class _Ranked:
     Attributes:
         key: The group's key.
         size: How many it has now.
+        layers: Of how many layers' weights it is a dimension, see `_layers`.
         scores: In that order, float64.
         starts: Where each block starts, shape (blocks,).
         ends: Where each block ends.
@@ -359,6 +361,7 @@ class _Ranked:
 
     key: str
     size: int
+    layers: float
     scores: Tensor
     starts: Tensor
     ends: Tensor
@@ -375,14 +378,32 @@ class _Ranked:
 
 def _ranked(groups: Groups, scores: Tensor, allowed: Tensor, round_to: int, floor: int) -> list[_Ranked]:
     found = []
-    for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
+    owned = zip(groups.keys, groups.prunable, groups.ranges, _layers(groups), strict=True)
+    for key, group, numbers, layers in owned:
         first = group.size % round_to or round_to
         ends = torch.tensor(range(first, group.size - floor + 1, round_to), dtype=torch.long)
         if not bool(allowed[numbers.start]) or not len(ends):
             continue
         order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        found.append(_Ranked(key, group.size, scores[order].double(), starts, ends, order))
+        found.append(_Ranked(key, group.size, layers, scores[order].double(), starts, ends, order))
+    return found
+
+
+def _layers(groups: Groups) -> list[float]:
+    """Of how many layers' weights each prunable group is a dimension.
+
+    A hidden layer's neurons are one of two, of the weights that make them and of those that read them; the channels of
+    a residual stream one of each layer's that writes to it or reads it. A group that is a third of what a layer reads
+    counts a third there.
+    """
+    owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)] or [torch.empty(0)])
+    layers = torch.zeros(len(groups.prunable), dtype=torch.float64)
+    for (name, _), extent in groups.extents.items():
+        if name in groups.parameters and len(groups.shapes[name]) > 1 and not extent.fixed:
+            units = extent.unit_of[extent.unit_of != NO_UNIT]
+            layers += torch.bincount(owner[units], minlength=len(layers)) / len(extent.unit_of)
+    found: list[float] = layers.tolist()
     return found
 
 
@@ -422,7 +443,7 @@ def _placing(
         if comparable:
             return torch.where(saved > 0, group.sums / saved, math.inf)
         mass = group.scores.flip(0).cumsum(0).flip(0)[group.starts]  # of this neuron and all that rank above it
-        return _price(group.sums, mass, saved)
+        return _price(group.sums, mass, saved, group.layers)
 
     return {"layer": gone, "sensitivity": by_curve}.get(scope, by_score)
 
@@ -489,13 +510,14 @@ def _by_share(
     return left
 
 
-def _price(score: Tensor, mass: Tensor, saved: Tensor) -> Tensor:
-    """What it costs to save one unit of the budget: the share of the group's remaining score that goes.
+def _price(score: Tensor, mass: Tensor, saved: Tensor, layers: float) -> Tensor:
+    """What it costs to save one unit of the budget: the share of the group's remaining score that goes, of each layer.
 
     A share of what remains, not of what was, so that a group gets dearer the smaller it is; otherwise the layers
-    with the most MACs would be emptied before any other is touched.
+    with the most MACs would be emptied before any other is touched. And of each layer whose weights it is of, so that a
+    residual stream, of which one channel saves MACs in many layers, isn't cheap for what all of these lose.
 
     Source: the same normalisation of weights: Lee et al., 2021, arXiv:2010.07611 (LAMP).
     """
-    share = torch.where(mass > 0, score / mass, 0.0)
+    share = torch.where(mass > 0, score / mass, 0.0) * layers
     return torch.where(saved > 0, share / saved, math.inf)

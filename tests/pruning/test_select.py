@@ -1,5 +1,6 @@
 import functools
 import itertools
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import build_case, cases
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune import PruningError, find_groups
 from lightning_prune.graph.groups import Groups
@@ -139,6 +140,32 @@ def test_equal_scores_go_in_the_order_of_the_network() -> None:
     chosen = [select_neurons(groups, torch.ones_like(scores), allowed, 0.3, dense=dense) for _ in range(2)]
     assert torch.equal(*chosen)
     assert (~chosen[0]).nonzero().flatten().tolist()[:5] == [0, 1, 2, 3, 4]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.last(x)
+        return out
+
+
+@pytest.mark.parametrize("of", ["params", "macs"])
+@pytest.mark.parametrize("amount", [0.3, 0.6])
+def test_a_residual_stream_is_not_cheap_for_being_read_by_many(of: str, amount: float) -> None:
+    groups = find_groups(Residual(), torch.rand(1, 64))
+    allowed = torch.ones(groups.neurons, dtype=torch.bool)
+    scores = torch.ones(groups.neurons, dtype=torch.float64)
+    alive = select_neurons(groups, scores, allowed, amount, of=of, dense=measure_dense(groups, allowed))
+    left = {group.name: sum(kept) for group, kept in zip(groups.prunable, in_groups(groups, alive), strict=True)}
+    stream = left.pop("first + blocks.0.2 + blocks.1.2 + blocks.2.2 + blocks.3.2")
+    assert stream == pytest.approx(mean(left.values()), rel=0.1)
 
 
 def test_only_what_is_allowed_goes() -> None:
