@@ -253,7 +253,7 @@ class PruningCallback(Reporting[Report], Callback):
         self._resolve(trainer)
         self._steps = trainer.global_step
         self._calls, self._measured = None, None
-        if self.amount_ == 0:  # else those of the dense model are known, also in a fit that goes on
+        if self._part == 0:  # else those of the dense model are known, also in a fit that goes on
             self._before = {}
         # Those of another run, and those that come once more.
         self.timeline_ = [moment for moment in self.timeline_ if moment.step <= trainer.global_step]
@@ -411,7 +411,7 @@ class PruningCallback(Reporting[Report], Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Remember the metric, also that of the model while it is still whole."""
         self._measure(trainer, pl_module)
-        whole = all(callback.amount_ == 0 for callback in pruning_callbacks(trainer))
+        whole = all(callback._part == 0 for callback in pruning_callbacks(trainer))
         if whole and not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
             self._dense_metric = float(trainer.callback_metrics[self.monitor])
 
@@ -419,6 +419,7 @@ class PruningCallback(Reporting[Report], Callback):
         """How far pruning is, and what the report will tell of its past: plain data."""
         return {
             "amount": self.amount_,
+            "part": self._part,
             "timeline": [asdict(moment) for moment in self.timeline_],
             "before": {name: list(counts) for name, counts in self._before.items()},
         }
@@ -428,6 +429,7 @@ class PruningCallback(Reporting[Report], Callback):
         timeline = timeline_of(state_dict.get("timeline", ()))
         before = counts_of(state_dict.get("before", {}))
         self.amount_, self.timeline_, self._before = state_dict["amount"], timeline, before
+        self._part = state_dict.get("part", self.amount_ / self.amount if self.amount else 0.0)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what was gained."""
@@ -464,7 +466,7 @@ class PruningCallback(Reporting[Report], Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if the schedule did not come to its end, or had no effect; also where no batch was trained on."""
-        if self.amount_ < self.amount:
+        if self._part < 1:
             rank_zero_warn(
                 f"{type(self).__name__}: training ended before the schedule did (end={self.end!r}): "
                 f"{self.amount_:.3g} of amount={self.amount:g} was asked for so far",

@@ -214,7 +214,6 @@ class StructureCallback(PruningCallback):
         """Take up the plan of a checkpoint."""
         super().load_state_dict(state_dict)
         self._loaded = True
-        self._part = self.amount_ / self.amount if self.amount else 0.0
         plan = Plan.from_dict(state_dict["plan"])
         if plan != self.plan_:  # an equal one may know what removed layers were
             self.plan_ = plan

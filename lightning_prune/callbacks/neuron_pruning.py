@@ -245,7 +245,7 @@ class NeuronPruning(StructureCallback):
                 self._latency_macs = self._measure_latency(trainer, pl_module, groups, allowed)
             late = {id(pl_module.get_parameter(name)) for name in trace.parameters - trace.readers.keys()}
             if trained_by(trainer.optimizers).isdisjoint(late):  # else what can go is not all known
-                self._select(groups, allowed, torch.zeros(groups.neurons), self.amount)
+                self._select(groups, allowed, torch.zeros(groups.neurons), self.amount, 1.0)
         except PruningError as error:
             raise ConfigurationError(f"NeuronPruning: {error}") from None
         self.groups_ = groups
@@ -281,10 +281,11 @@ class NeuronPruning(StructureCallback):
             raise PruningError(reason)
         return float(macs)
 
-    def _select(self, groups: Groups, allowed: Tensor, scores: Tensor, amount: float, waiting: int = 0) -> Tensor:
+    def _select(
+        self, groups: Groups, allowed: Tensor, scores: Tensor, amount: float, part: float, waiting: int = 0
+    ) -> Tensor:
         """The neurons that stay; ``waiting``: how many of those that may go can't be judged yet."""
         assert self._dense is not None
-        part = amount / self.amount if self.amount else 0.0
         asked = amount if self._latency_macs is None else part * self._latency_macs
         return self._choice.select(
             groups,
@@ -295,7 +296,7 @@ class NeuronPruning(StructureCallback):
             dense=replace(self._dense, neurons=self._dense.neurons - waiting),
             part=part,
             curves=self._curves,
-            on_the_way=amount < self.amount,
+            on_the_way=part < 1,
         )
 
     def _watch(self, trainer: Any, pl_module: Any) -> Any:
@@ -488,7 +489,7 @@ class NeuronPruning(StructureCallback):
             rest = groups if bool(left.all()) else groups.without(left)
             alive = left.clone()
             try:
-                alive[left] = self._select(rest, allowed[left], scores[left], amount, int(waiting.sum()))
+                alive[left] = self._select(rest, allowed[left], scores[left], amount, self._part, int(waiting.sum()))
             except PruningError as error:
                 wait = not _ends(trainer) and (bool(waiting.any()) or self._lacks(trainer))
                 if not trainer.strategy.reduce_boolean_decision(wait, all=False):  # all processes do the same

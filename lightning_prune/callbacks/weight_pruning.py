@@ -453,7 +453,6 @@ class WeightPruning(PruningCallback):
         """Masks, how far the schedule was, and what the criterion has collected."""
         return {
             **super().state_dict(),
-            "part": self._part,
             "pruned": self._pruned,
             "masks": {name: mask.cpu() for name, mask in self.masks_.items()},
             "sums": {name: whole(each).cpu() for name, each in self._judge.sums.items()},

@@ -139,13 +139,16 @@ def test_a_neuron_that_never_fires_goes_first() -> None:
     assert callback.plan_.kept["net.0.weight"][0] == [0, 1, 3, 4, 5]
 
 
-def test_amounts_by_layer() -> None:
+@pytest.mark.parametrize(
+    ("amount", "middle", "end"), [(0.25, [4, 7, 8, 4], [3, 6, 3, 4]), (0.0, [4, 8, 8, 4], [3, 8, 3, 4])]
+)
+def test_amounts_by_layer(amount: float, middle: list[int], end: list[int]) -> None:
     module = seeded(lambda: images(conv_net))
     seen: list[list[int]] = []
     spy = Spy(on_validation_end=lambda *_: seen.append(widths(module)))
-    fit(module, neurons(0.25, scope={"net.0": 0.5, "net.5": 0.75}, schedule="linear", end=1.0), spy, max_epochs=4)
-    assert seen[-1] == [3, 6, 3, 4]
-    assert seen[1] == [4, 7, 8, 4]  # half of each amount, to the nearest neuron
+    fit(module, neurons(amount, scope={"net.0": 0.5, "net.5": 0.75}, schedule="linear", end=1.0), spy, max_epochs=4)
+    assert seen[-1] == end
+    assert seen[1] == middle  # half of each amount, to the nearest neuron
 
 
 @pytest.mark.parametrize(

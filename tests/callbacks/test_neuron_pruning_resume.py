@@ -164,6 +164,7 @@ KINDS: dict[str, tuple[Any, Callable[[], list[Any]], dict[str, Any]]] = {
         functools.partial(Gan, scheduler=lambda o: optim.lr_scheduler.StepLR(o, 1, 0.5)), lambda: [progressive()], {}
     ),
     "round to": (FAMILIES["unet"], lambda: [progressive(round_to=2)], {}),
+    "by layer": (FAMILIES["unet"], lambda: [neurons(0.0, scope={"*": 0.4}, schedule="linear", end=1.0)], {}),
 }  # fmt: skip
 
 
