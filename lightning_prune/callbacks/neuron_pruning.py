@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -456,62 +456,17 @@ class NeuronPruning(StructureCallback):
     def _go(self, trainer: Any, pl_module: Any, amount: float, now: bool) -> None:
         """Choose what goes, and remove it now or only mask it."""
         assert self.groups_ is not None
-        drawn, whole, masked = self.groups_, self._dense, self._masked
-        further = self._part > self._pruned
         if isinstance(self._judge, Random):
             self._judge.seed = mix_seed(self._seed or 0, str(trainer.global_step))
-
-        def choose(groups: Groups) -> Tensor:
-            try:
-                allowed = self._choice.allowed(pl_module, groups, self._judge)
-            except PruningError:
-                if groups is drawn and not self._refused:
-                    raise
-                return torch.ones(groups.neurons, dtype=torch.bool)  # no removal has worked; the run goes on
-            if groups is not drawn and whole is not None:  # groups whose removal fails are no part of what can go
-                gone = set(drawn.keys) - set(groups.keys)
-                sizes = {key: size for key, size in whole.sizes.items() if key not in gone}
-                fewer = int(self._choice.allowed(pl_module, drawn, self._judge).sum()) - int(allowed.sum())
-                self._dense = replace(whole, neurons=whole.neurons - fewer, sizes=sizes)
-                collect_now(self._judge, pl_module, groups, groups.calls)
-            left = torch.ones(groups.neurons, dtype=torch.bool)
-            if masked is not None and groups is drawn:
-                left = masked
-                if not further:
-                    return left
-            self._judge.ready(pl_module, groups)
-            scores = self._judge.score(pl_module, groups)
-            if self.scope == "sensitivity" and self._curves is None:
-                curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
-                self._curves = trainer.strategy.broadcast(curves)
-            waiting = allowed & ~self._judge.told(pl_module, groups)
-            allowed &= ~waiting
-            rest = groups if bool(left.all()) else groups.without(left)
-            alive = left.clone()
-            try:
-                alive[left] = self._select(rest, allowed[left], scores[left], amount, self._part, int(waiting.sum()))
-            except PruningError as error:
-                wait = not _ends(trainer) and (bool(waiting.any()) or self._lacks(trainer))
-                if not trainer.strategy.reduce_boolean_decision(wait, all=False):  # all processes do the same
-                    raise
-                raise _TooFewJudgedError from error
-            agreed: Tensor = trainer.strategy.broadcast(alive)
-            return agreed
-
-        def repair(groups: Groups, alive: Tensor) -> Repair:
-            batches = list(self._recent.batches) if self._recent is not None else [list(groups.calls)]
-            add = partial(trainer.strategy.reduce, reduce_op="sum")
-            return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
-
         try:
             with self._referred(trainer, pl_module):
                 plan, groups, alive, changes = remove_chosen(
                     pl_module,
-                    drawn,
-                    choose,
+                    self.groups_,
+                    partial(self._choose, trainer, pl_module, self.groups_, self._dense, amount),
                     optimizers=trainer.optimizers if now else (),
                     verify=self.verify,
-                    repair=repair,
+                    repair=partial(self._repair, trainer, pl_module, now),
                     keep=now,
                     refused=self._refused.append,
                 )
@@ -530,8 +485,65 @@ class NeuronPruning(StructureCallback):
             return
         self.groups_ = groups.without(alive) if plan else groups
         self._masked, self._held = None, None
-        if not plan:
-            return
+        if plan:
+            self._have_gone(trainer, pl_module, plan, changes)
+
+    def _choose(
+        self, trainer: Any, pl_module: Any, drawn: Groups, whole: Dense | None, amount: float, groups: Groups
+    ) -> Tensor:
+        """The neurons that stay, the same on all processes.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            drawn: The groups as they were first drawn.
+            whole: What the amount is a fraction of with these.
+            amount: What is to be gone of it.
+            groups: The same, or what has come in their place after a removal failed.
+        """
+        try:
+            allowed = self._choice.allowed(pl_module, groups, self._judge)
+        except PruningError:
+            if groups is drawn and not self._refused:
+                raise
+            return torch.ones(groups.neurons, dtype=torch.bool)  # no removal has worked; the run goes on
+        if groups is not drawn and whole is not None:  # groups whose removal fails are no part of what can go
+            gone = set(drawn.keys) - set(groups.keys)
+            sizes = {key: size for key, size in whole.sizes.items() if key not in gone}
+            fewer = int(self._choice.allowed(pl_module, drawn, self._judge).sum()) - int(allowed.sum())
+            self._dense = replace(whole, neurons=whole.neurons - fewer, sizes=sizes)
+            collect_now(self._judge, pl_module, groups, groups.calls)
+        left = torch.ones(groups.neurons, dtype=torch.bool)
+        if self._masked is not None and groups is drawn:
+            left = self._masked
+            if self._part <= self._pruned:
+                return left
+        self._judge.ready(pl_module, groups)
+        scores = self._judge.score(pl_module, groups)
+        if self.scope == "sensitivity" and self._curves is None:
+            curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
+            self._curves = trainer.strategy.broadcast(curves)
+        waiting = allowed & ~self._judge.told(pl_module, groups)
+        rest, may, number = groups if bool(left.all()) else groups.without(left), allowed & ~waiting, int(waiting.sum())
+        alive = left.clone()
+        try:
+            alive[left] = self._select(rest, may[left], scores[left], amount, self._part, number)
+        except PruningError as error:
+            wait = not _ends(trainer) and (number > 0 or self._lacks(trainer))
+            if not trainer.strategy.reduce_boolean_decision(wait, all=False):  # all processes do the same
+                raise
+            raise _TooFewJudgedError from error
+        agreed: Tensor = trainer.strategy.broadcast(alive)
+        return agreed
+
+    def _repair(self, trainer: Any, pl_module: Any, now: bool, groups: Groups, alive: Tensor) -> Repair:
+        batches = list(self._recent.batches) if self._recent is not None else [list(groups.calls)]
+        add = partial(trainer.strategy.reduce, reduce_op="sum")
+        return Repair.of(pl_module, groups, alive, batches, self.compensate if now else None, add)
+
+    def _have_gone(self, trainer: Any, pl_module: Any, plan: Plan, changes: Mapping[str, Tensor]) -> None:
+        """Let all that depends on the model's shape follow."""
+        assert self.groups_ is not None
         self._tracer = None
         if isinstance(self._judge, Activation):
             self._judge.watch_for(pl_module, self.groups_)
