@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import MNIST
 
-from lightning_prune import WeightPruning, create_lr_scheduler
+from lightning_prune import NeuronPruning, WeightPruning, create_lr_scheduler, prune_neurons
 
 HELD_OUT = 5_000
 """How many training images ``--held-out`` keeps from training."""
@@ -73,7 +73,9 @@ class Recipe:
     lr: float  # of Adam, without weight decay
     l1: float  # times the sum of all absolute weights, added to the loss
     scope: str
-    end: float  # of the cubic schedule, as a fraction of training; it starts at 5 %
+    neurons: dict[str, float]  # fractions of neurons, by layer, that `NeuronPruning` removes before weights go
+    start: float  # of the cubic schedule of weights, as a fraction of training; neurons go before
+    end: float
     every: int  # steps between prunings
     shift: int  # pixels that a training image moves at most, in each direction, at random
     precision: Any
@@ -197,7 +199,7 @@ def error(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * float((answers != labels).double().mean())
 
 
-def train(recipe: Recipe, data: Data, seed: int, epochs: int, pruning: WeightPruning | None) -> nn.Sequential:
+def train(recipe: Recipe, data: Data, seed: int, epochs: int, callbacks: list[L.Callback]) -> nn.Sequential:
     """One training from scratch."""
     L.seed_everything(seed, verbose=False)
     batches = Batches(data.images, data.labels, recipe.shift)
@@ -206,7 +208,7 @@ def train(recipe: Recipe, data: Data, seed: int, epochs: int, pruning: WeightPru
         max_epochs=epochs,
         accelerator="cpu",
         precision=recipe.precision,
-        callbacks=[] if pruning is None else [pruning],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -215,18 +217,26 @@ def train(recipe: Recipe, data: Data, seed: int, epochs: int, pruning: WeightPru
     return model.net
 
 
-def pruning_of(recipe: Recipe, net: nn.Module) -> WeightPruning:
-    """The callback that leaves as many weights of such a network as the recipe says."""
-    amount = 1 - recipe.kept / size(weights_of(net))
-    return WeightPruning(
-        amount,
+def pruning_of(recipe: Recipe) -> list[L.Callback]:
+    """The callbacks that leave as many weights of such a network as the recipe says."""
+    net = recipe.build()
+    if recipe.neurons:
+        prune_neurons(net, torch.zeros(1, 1, 28, 28), 0.0, scope=recipe.neurons)
+    weights = WeightPruning(
+        1 - recipe.kept / size(weights_of(net)),
         scope=recipe.scope,
         schedule="cubic",
-        start=0.05,
+        start=recipe.start,
         end=recipe.end,
         every=recipe.every,
         report=False,
     )
+    if not recipe.neurons:
+        return [weights]
+    return [
+        NeuronPruning(0.0, scope=recipe.neurons, start=0.0, end=recipe.start, every=recipe.every, report=False),
+        weights,
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -237,9 +247,9 @@ Row = dict[str, Any]
 
 def measure(recipe: Recipe, data: Data, seed: int, epochs: int) -> Row:
     """Train the network with the callback."""
-    pruning = pruning_of(recipe, recipe.build())
+    dense = recipe.build()
     began = time.perf_counter()
-    net = train(recipe, data, seed, epochs, pruning)
+    net = train(recipe, data, seed, epochs, pruning_of(recipe))
     seconds = time.perf_counter() - began
     parameters, weights = list(net.parameters()), weights_of(net)
     return {
@@ -248,8 +258,8 @@ def measure(recipe: Recipe, data: Data, seed: int, epochs: int) -> Row:
         "error": error(net, data.others, data.others_labels),
         "nonzero_parameters": nonzero(parameters),
         "nonzero_weights": nonzero(weights),
-        "by_parameters": size(parameters) / nonzero(parameters),
-        "by_weights": size(weights) / nonzero(weights),
+        "by_parameters": size(list(dense.parameters())) / nonzero(parameters),
+        "by_weights": size(weights_of(dense)) / nonzero(weights),
         "by_layer": "/".join(str(nonzero([weight])) for weight in weights),
         "seconds": seconds,
     }
@@ -257,7 +267,7 @@ def measure(recipe: Recipe, data: Data, seed: int, epochs: int) -> Row:
 
 def dense_error(recipe: Recipe, data: Data, epochs: int) -> float:
     """What the network does without the callback."""
-    return error(train(recipe, data, 0, epochs, None), data.others, data.others_labels)
+    return error(train(recipe, data, 0, epochs, []), data.others, data.others_labels)
 
 
 def summary(name: str, rows: Sequence[Row], dense: float) -> list[str]:
@@ -320,6 +330,8 @@ NETS = {
         lr=2e-3,
         l1=0.0,
         scope="global",
+        neurons={},
+        start=0.05,
         end=0.5,
         every=100,
         shift=1,
@@ -334,10 +346,12 @@ NETS = {
         lr=4e-3,
         l1=0.0,
         scope="lamp",
+        neurons={"*0": 0.6, "*2": 0.6, "*5": 0.8},  # to 8, 20 and 100
+        start=0.1,
         end=0.7,
         every=50,
         shift=1,
-        precision="bf16-mixed",
+        precision="32-true",
     ),
 }
 

@@ -23,6 +23,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,10 @@ class Stopwatch(Callback):
             self.starts = [time.perf_counter()]
 
 
-def mlp() -> Task:
-    """784-300-100-10, batches of 64."""
+def mlp(batch: int) -> Task:
+    """784-300-100-10."""
     layers = [nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)]
-    return Task(nn.Sequential(*layers), (784,), 64, TURNS["mlp"])
+    return Task(nn.Sequential(*layers), (784,), batch, TURNS["mlp"])
 
 
 def resnet18() -> Task:
@@ -181,7 +182,12 @@ def time_steps(make: Callable[[], Task], sides: list[Callable[[], list[Callback]
 def steps() -> list[tuple[str, ...]]:
     """Rows of step times."""
     rows = []
-    networks = {"resnet18 32x32": resnet18, "resnet18 32x32, CIFAR's stem": cifar, "mlp 784-300-100-10": mlp}
+    networks: dict[str, Callable[[], Task]] = {
+        "resnet18 32x32": resnet18,
+        "resnet18 32x32, CIFAR's stem": cifar,
+        "mlp 784-300-100-10": partial(mlp, 64),
+        "mlp 784-300-100-10, batch 128": partial(mlp, 128),
+    }
     for name, make in networks.items():
         none, *others = time_steps(make, [list, lambda: [Callback()], ours, lightnings])
         ratios = [statistics.median(b / a - 1 for a, b in zip(none, other, strict=True)) for other in others]
