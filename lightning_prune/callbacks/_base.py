@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
@@ -154,6 +154,9 @@ class PruningCallback(Reporting[Report], Callback):
         """What a batch told: its module calls, None if it ran nothing, so that the next one is to be watched."""
         assert self._stack is not None
         return tuple(self._stack.outermost) or None
+
+    def _check_groups(self, pl_module: Any, groups: Groups, allowed: Tensor, round_to: int) -> None:
+        """Raise a PruningError if neurons of these groups can't go without breaking what this callback does."""
 
     def _prune(self, trainer: Any, pl_module: Any, amount: float) -> None:
         """Prune until ``amount`` of the dense whole is gone."""

@@ -25,6 +25,7 @@ from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.prunable import METADATA, Prunable, check_dense, structure_state
 from lightning_prune.pruning.schedules import Schedule
+from lightning_prune.pruning.select import check_flag
 from lightning_prune.pruning.surgery import fit_shapes
 
 __all__ = ["ObservingCallback", "StructureCallback", "structure_callbacks"]
@@ -393,6 +394,7 @@ class ObservingCallback(StructureCallback):
     ) -> None:
         super().__init__(amount, schedule, start, end, every, include, exclude, report, monitor)
         self.of = of
+        check_flag("verify", verify)
         self.verify = verify
         self._observed: Observer | None = None
         self._at_observation = 1.0

@@ -34,7 +34,16 @@ from lightning_prune.pruning.masks import HeldMasks, apply_masks
 from lightning_prune.pruning.neurons import Choice, check_compensate, latency_amount, remove_chosen
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.repair import Repair, add_to, recalibrate
-from lightning_prune.pruning.select import Curves, Dense, check_choice, copies_to_tie, globs, measure_dense
+from lightning_prune.pruning.select import (
+    Curves,
+    Dense,
+    check_choice,
+    check_flag,
+    check_scores,
+    copies_to_tie,
+    globs,
+    measure_dense,
+)
 from lightning_prune.pruning.sensitivity import Sensitivity, by_layers
 from lightning_prune.pruning.surgery import take
 from lightning_prune.pruning.weight_criteria import mix_seed
@@ -135,6 +144,7 @@ class NeuronPruning(StructureCallback):
         self._judge = get_neuron_criterion(criterion)
         check_choice("remove", remove, ("progressive", "end"))
         check_compensate(compensate)
+        check_flag("verify", verify)
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise PruningError(f"recalibrate must be a number of batches, 0 for none, got {recalibrate!r}")
         if example_inputs is not None:
@@ -235,6 +245,8 @@ class NeuronPruning(StructureCallback):
             _check_ranks(trainer, groups, complete=trace.parameters <= trace.readers.keys())
         try:
             allowed = self._choice.allowed(pl_module, groups, self._judge)
+            for callback in pruning_callbacks(trainer):
+                callback._check_groups(pl_module, groups, allowed, self.round_to)
             macs = groups.macs(torch.ones(groups.neurons, dtype=torch.bool))
             if self._dense is None:
                 self._dense = measure_dense(groups, allowed)
@@ -520,10 +532,11 @@ class NeuronPruning(StructureCallback):
                 return left
         self._judge.ready(pl_module, groups)
         scores = self._judge.score(pl_module, groups)
+        waiting = allowed & ~self._judge.told(pl_module, groups)
+        check_scores(groups, scores, allowed & ~waiting)
         if self.scope == "sensitivity" and self._curves is None:
             curves = self._choice.curves(pl_module, groups, scores, allowed, groups.calls)
             self._curves = trainer.strategy.broadcast(curves)
-        waiting = allowed & ~self._judge.told(pl_module, groups)
         rest, may, number = groups if bool(left.all()) else groups.without(left), allowed & ~waiting, int(waiting.sum())
         alive = left.clone()
         try:

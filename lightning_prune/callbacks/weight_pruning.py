@@ -15,6 +15,7 @@ from lightning_prune.callbacks._clock import Point
 from lightning_prune.callbacks._rewind import Rewind
 from lightning_prune.callbacks._steps import before_steps
 from lightning_prune.errors import PruningError
+from lightning_prune.graph.groups import Groups
 from lightning_prune.pruning.masks import HeldMasks, Masks, apply_masks, local, placed_like, share_of, whole
 from lightning_prune.pruning.passing import inside
 from lightning_prune.pruning.patterns import get_pattern
@@ -31,7 +32,14 @@ from lightning_prune.pruning.weight_criteria import (
     get_weight_criterion,
     mix_seed,
 )
-from lightning_prune.pruning.weights import check_finite, check_fit, check_scope, choose_masks, prunable_weights
+from lightning_prune.pruning.weights import (
+    check_finite,
+    check_fit,
+    check_scope,
+    check_widths,
+    choose_masks,
+    prunable_weights,
+)
 from lightning_prune.report.layers import threshold_of, thresholds_of
 
 __all__ = ["WeightPruning"]
@@ -138,6 +146,10 @@ class WeightPruning(PruningCallback):
             if self._lost:  # all of its layers may be among those that are gone
                 return {}
             raise
+
+    def _check_groups(self, pl_module: Any, groups: Groups, allowed: Tensor, round_to: int) -> None:
+        names = list(self._weights(pl_module))
+        check_widths(pl_module, names, get_pattern(self.pattern), groups, allowed, round_to)
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         self._lost = self._lost and self._restored

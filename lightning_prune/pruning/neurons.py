@@ -53,7 +53,9 @@ from lightning_prune.pruning.select import (
     Dense,
     check_amount,
     check_choice,
+    check_flag,
     check_neuron_scope,
+    check_scores,
     copies_to_tie,
     globs,
     measure_dense,
@@ -89,8 +91,7 @@ class Choice:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PruningError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.exact_only, bool):
-            raise PruningError(f"exact_only must be True or False, got {self.exact_only!r}")
+        check_flag("exact_only", self.exact_only)
         globs("include", self.include)
         globs("exclude", self.exclude)
 
@@ -203,6 +204,7 @@ def prune_neurons(
     amount = check_amount(amount)
     option = Choice(of, scope, round_to, min_channels, include, exclude, exact_only)
     option.check()
+    check_flag("verify", verify)
     judge = get_neuron_criterion(criterion)
     check_compensate(compensate)
     optimizers = as_optimizers(optimizer)
@@ -218,6 +220,7 @@ def prune_neurons(
             collect_now(judge, model, groups, groups.calls)
             allowed &= judge.told(model, groups)
             scores, dense = judge.score(model, groups), measure_dense(groups, allowed)
+            check_scores(groups, scores, allowed)
             curves = option.curves(model, groups, scores, allowed, groups.calls)
 
             def select(amount: float) -> Tensor:

@@ -39,6 +39,10 @@ class NofM:
                 f"{shape[inputs]}; leave it out with exclude"
             )
 
+    def multiple(self, of_inputs: bool) -> int:
+        """What the inputs, or the outputs, of a weight must be a multiple of."""
+        return self.m if of_inputs else 1
+
     def units(self, score: Tensor, inputs: int) -> Tensor:
         """Scores of a weight's shape, infinite for those that must stay: the ``n`` highest of each group."""
         rows = score.movedim(inputs, -1)
@@ -87,6 +91,10 @@ class Blocks:
                 f"the pattern {self} doesn't fit {name!r} of shape {shape}: {rows} outputs and {columns} inputs "
                 f"can't be cut into blocks of {self.rows} and {self.columns}; leave it out with exclude"
             )
+
+    def multiple(self, of_inputs: bool) -> int:
+        """What the inputs, or the outputs, of a weight must be a multiple of."""
+        return self.columns if of_inputs else self.rows
 
     def units(self, score: Tensor, inputs: int) -> Tensor:
         """Sums of the scores of each block: (kernel …, outputs / rows, inputs / columns)."""

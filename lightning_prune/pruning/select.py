@@ -24,7 +24,9 @@ __all__ = [
     "Dense",
     "check_amount",
     "check_choice",
+    "check_flag",
     "check_neuron_scope",
+    "check_scores",
     "copies_to_tie",
     "globs",
     "is_named",
@@ -61,6 +63,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise PruningError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise a PruningError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise PruningError(f"{name} must be True or False, got {value!r}")
+
+
 def check_neuron_scope(scope: Any, of: str) -> None:
     """Raise a PruningError unless it is one of the scopes, or fractions of neurons by glob."""
     if not isinstance(scope, Mapping):
@@ -77,6 +85,19 @@ def check_neuron_scope(scope: Any, of: str) -> None:
             check_amount(amount)
         except PruningError as error:
             raise PruningError(f"scope: {pattern!r}: {error}") from None
+
+
+def check_scores(groups: Groups, scores: Tensor, allowed: Tensor) -> None:
+    """Raise a PruningError if a score of a neuron that may go is NaN or infinite, and can't be ranked."""
+    wrong = allowed & ~scores.isfinite()
+    for group, numbers in zip(groups.prunable, groups.ranges, strict=True):
+        count = int(wrong[numbers.start : numbers.stop].sum())
+        if count:
+            raise PruningError(
+                f"{count} of the {group.size} neurons of {group.name} have a score that is NaN or infinite; nothing "
+                "was pruned. Has training diverged? Lower the learning rate or clip gradients, and go on from an "
+                "earlier checkpoint"
+            )
 
 
 def globs(name: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -105,8 +105,13 @@ def shrink(
     try:
         smaller = {key: new for key, (_, new, _) in replaced.items()}
         fresh = set(map(id, smaller.values()))
-        for path, module in modules.items():
-            _replace(path, module, smaller, fresh, None if numbers is None else numbers.get(path, {}), change)
+        before = {path: dict(module.__dict__) for path, module in modules.items()}
+        known = {path: None if numbers is None else numbers.get(path, {}) for path in modules}
+        touched = {path for path, m in modules.items() if _replace(path, m, before[path], smaller, known[path], change)}
+        for path, module in modules.items():  # when all are in place: a parametrized weight is made of those below it
+            if path in touched or _is_parametrized(module, fresh):
+                for attribute, value in layer_sizes(module, before[path], known[path]).items():
+                    set_attribute(path, module, attribute, value, change)
         for path, module in modules.items():
             if isinstance(module, nn.MultiheadAttention):
                 _narrow(path, module, kept, (numbers or {}).get(path, {}), change)
@@ -126,13 +131,12 @@ def _renumbered(index: Tensor, left: Sequence[int]) -> Tensor:
 def _replace(
     path: str,
     module: nn.Module,
+    before: Mapping[str, Any],
     new: Mapping[int, Tensor],
-    fresh: Collection[int],
     numbers: Mapping[str, Value] | None,
     change: Change,
-) -> None:
-    """Put the smaller tensors into one module, and its sizes; ``fresh``: the ids of these tensors."""
-    before = dict(module.__dict__)
+) -> bool:
+    """Put the smaller tensors into one module, and the numbers it is to hold; whether tensors of its own went."""
     registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
     touched = False
     for registry in registries:
@@ -155,16 +159,13 @@ def _replace(
     if numbers and not isinstance(module, nn.MultiheadAttention):  # what this one holds follows from its weights
         for attribute, value in numbers.items():
             set_attribute(path, module, attribute, value, change)
-    if touched or _is_parametrized(module, new, fresh):
-        for attribute, value in layer_sizes(module, before, numbers).items():
-            set_attribute(path, module, attribute, value, change)
+    return touched
 
 
-def _is_parametrized(module: nn.Module, new: Mapping[int, Tensor], fresh: Collection[int]) -> bool:
+def _is_parametrized(module: nn.Module, fresh: Collection[int]) -> bool:
+    """Whether some of the tensors that its weights are made of are new."""
     parametrizations = getattr(module, "parametrizations", None)
-    if not isinstance(parametrizations, nn.Module):
-        return False
-    return any(id(p) in new or id(p) in fresh for p in parametrizations.parameters())
+    return isinstance(parametrizations, nn.Module) and any(id(p) in fresh for p in parametrizations.parameters())
 
 
 def set_attribute(path: str, module: nn.Module, attribute: str, value: Value, change: Change) -> None:
@@ -238,7 +239,15 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     for name in ("weight", "weight_v", "weight_orig"):
         if module._parameters.get(name) is not None:
             return module._parameters[name]
-    weight = getattr(module, "weight", None)
+    parametrizations = getattr(module, "parametrizations", None)
+    modes = {m: m.training for m in parametrizations.modules()} if isinstance(parametrizations, nn.Module) else {}
+    try:
+        for part in modes:  # spectral norm takes a step in each training forward
+            part.training = False
+        weight = getattr(module, "weight", None)
+    finally:
+        for part, training in modes.items():
+            part.training = training
     return weight if isinstance(weight, Tensor) else None
 
 

@@ -143,6 +143,9 @@ def select_weights(
     Returns:
         Masks by parameter name. Among equal scores those of the lower index go.
     """
+    if pattern is not None:
+        for name, score in scores.items():
+            pattern.check(name, tuple(score.shape), (dims or {}).get(name, 1))
     units = _Units(scores, masks, pattern, dims or {}, lamp=scope == "lamp")
     names = list(scores)
     kept: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_prune.errors import NoEffectWarning, PruningError
 from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.groups import NO_UNIT, Groups
 from lightning_prune.graph.run import as_calls
 from lightning_prune.pruning.masks import Masks, apply_masks, whole
 from lightning_prune.pruning.patterns import Pattern, get_pattern
@@ -124,6 +126,39 @@ def check_pattern(pattern: Pattern | None, amount: float, shapes: Mapping[str, S
         )
     for name, shape in shapes.items():
         pattern.check(name, tuple(shape), dims.get(name, 1))
+
+
+def check_widths(
+    model: nn.Module, names: Sequence[str], pattern: Pattern | None, groups: Groups, allowed: Tensor, round_to: int
+) -> None:
+    """Check that weights can still have a pattern when neurons go.
+
+    Args:
+        model: The model.
+        names: Of the weights that have the pattern.
+        pattern: The pattern.
+        groups: The model's groups.
+        allowed: Bool (neurons,): which may go.
+        round_to: Groups shrink to multiples of this only.
+
+    Raises:
+        PruningError: Some may be left with inputs or outputs that it does not fit.
+    """
+    if pattern is None:
+        return
+    for name, inputs in input_dims(model, names).items():
+        for dim, kind in ((inputs, "inputs"), (1 - inputs, "outputs")):
+            extent, multiple = groups.extents.get((name, dim)), pattern.multiple(dim == inputs)
+            if extent is None or extent.fixed or multiple == 1:
+                continue
+            counts = extent.unit_of[extent.unit_of != NO_UNIT].bincount(minlength=len(allowed))[allowed]
+            each = math.gcd(*counts[counts > 0].tolist())  # indices that a neuron has
+            if each and round_to * each % multiple:
+                wanted = math.lcm(round_to, multiple // math.gcd(multiple, each))
+                raise PruningError(
+                    f"the pattern {pattern} needs the {kind} of {name!r} in groups of {multiple}, which NeuronPruning "
+                    f"would break: give it round_to={wanted}, or leave that layer out of one of the two with exclude"
+                )
 
 
 class _Scores(Mapping[str, Tensor]):

@@ -826,6 +826,7 @@ def test_amount_must_be_a_fraction(amount: Any) -> None:
         ({"round_to": 0}, ["round_to", "0", "at least 1"]),
         ({"round_to": 1.5}, ["round_to", "1.5"]),
         ({"round_to": True}, ["round_to", "True"]),
+        ({"verify": "no"}, ["verify", "'no'", "True or False"]),
         ({"exact_only": "yes"}, ["exact_only", "'yes'", "True or False"]),
         ({"monitor": 3}, ["monitor", "metric", "3"]),
         ({"include": [3]}, ["include", "glob", "[3]"]),

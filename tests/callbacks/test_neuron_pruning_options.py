@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_modules import (
     ADAMW,
+    CLASSES,
     IMAGE,
     LIGHTNING_WARNINGS,
     SGD,
@@ -37,7 +39,7 @@ from lightning_modules import (
 )
 from torch import Tensor, nn
 
-from lightning_prune import NoEffectWarning, count_cost, find_groups
+from lightning_prune import NoEffectWarning, PruningError, count_cost, find_groups
 from lightning_prune.graph.run import run_calls
 
 pytestmark = LIGHTNING_WARNINGS
@@ -163,6 +165,46 @@ def test_amounts_by_layer(amount: float, middle: list[int], end: list[int]) -> N
 def test_what_does_not_fit_is_refused_before_the_first_step(options: dict[str, Any], message: str) -> None:
     amount = options.pop("amount", 0.5)
     assert_refused(lambda: images(conv_net), [neurons(amount, **options)], {}, message)
+
+
+def patterned() -> Task:
+    """A linear layer that reads four places of each channel, and one that reads neurons."""
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.ReLU()]
+    return Task(nn.Sequential(*layers, nn.Linear(16, CLASSES)), shape=IMAGE)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["neurons first", "weights first"])
+@pytest.mark.parametrize("remove", ["progressive", "end"])
+@pytest.mark.parametrize(
+    ("pattern", "others", "message"),
+    [
+        ("2:4", {"exclude": "net.0"}, "2:4 needs the inputs of 'net.6.weight' in groups of 4.*round_to=4"),
+        ("4:8", {"include": "net.4"}, "4:8 needs the inputs of 'net.4.weight' in groups of 8.*round_to=2"),
+        ("block:4x1", {"include": "net.4"}, "block:4x1 needs the outputs of 'net.4.weight' in groups of 4.*round_to=4"),
+    ],
+)
+def test_a_pattern_that_neurons_would_break_is_refused(
+    pattern: str, others: dict[str, Any], message: str, remove: str, first: bool
+) -> None:
+    ours = [neurons(0.4, remove=remove), weights(0.25, pattern=pattern, **others)]
+    assert_refused(patterned, ours if first else ours[::-1], {}, message)
+
+
+def test_a_pattern_holds_where_neurons_go_by_its_multiples() -> None:
+    module = seeded(patterned)
+    fit(module, neurons(0.4, round_to=4), weights(0.5, pattern="2:4", exclude="net.0", end=0.5), max_epochs=4)
+    assert module.net[6].in_features < 16
+    for layer in (module.net[4], module.net[6]):
+        assert bool((layer.weight.unflatten(1, (-1, 4)).count_nonzero(-1) == 2).all())
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "geometric_median", "lamp", "activation"])
+def test_a_model_that_has_diverged_is_refused(criterion: str) -> None:
+    module = seeded(lambda: images(conv_net))
+    spoil = Spy(on_train_epoch_end=lambda *_: module.net[2].weight.data.fill_(math.nan))
+    with pytest.raises(PruningError, match="score that is NaN or infinite; nothing was pruned"):
+        fit(module, neurons(0.5, criterion=criterion, start=1, end=3), spoil, max_epochs=4)
+    assert widths(module) == [6, 8, 12, 4]
 
 
 # -- latency ----------------------------------------------------------------------------------------------------

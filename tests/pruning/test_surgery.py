@@ -26,6 +26,7 @@ from networks import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from lightning_prune import PruningError, prune_neurons
 from lightning_prune.pruning.change import CHUNK
@@ -449,3 +450,38 @@ def test_non_persistent_buffers_and_shared_modules_follow() -> None:
     assert len(model.scale) == model.act.num_parameters == model.a.out_features == model.b.out_features == 3
     assert "scale" not in model.state_dict()
     assert model.act is model.same
+
+
+def parametrized() -> nn.Sequential:
+    return nn.Sequential(
+        parametrizations.weight_norm(nn.Conv1d(3, 8, 3)),
+        nn.ReLU(),
+        parametrizations.weight_norm(nn.Conv1d(8, 8, 3, groups=8)),
+        nn.ReLU(),
+        parametrizations.spectral_norm(nn.ConvTranspose1d(8, 6, 3)),
+        nn.ReLU(),
+        parametrizations.orthogonal(nn.Linear(9, 9)),
+        nn.Flatten(),
+        parametrizations.spectral_norm(nn.Linear(54, 10)),
+        nn.ReLU(),
+        parametrizations.weight_norm(nn.Linear(10, 2)),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parametrized_layers_tell_their_sizes_after_each_removal(training: bool) -> None:
+    model, x = parametrized().train(training), torch.rand(2, 3, 11)
+    dense = copy.deepcopy(model)
+    for amount in (0.3, 0.3):
+        plan = prune_neurons(model, x, amount)
+        one, depthwise, transposed, first, last = (model[i] for i in (0, 2, 4, 8, 10))
+        assert one.out_channels == one.weight.size(0) == depthwise.in_channels == depthwise.out_channels
+        assert depthwise.groups == depthwise.weight.size(0) == transposed.in_channels == transposed.weight.size(0)
+        assert transposed.out_channels == transposed.weight.size(1) == first.in_features / 9
+        assert first.out_features == first.weight.size(0) == last.in_features == last.weight.size(1)
+        assert one.out_channels < 8
+        assert first.out_features < 10
+        assert first.parametrizations.weight.training == training
+        plan.apply(dense)
+        assert repr(dense) == repr(model)
+    model(x).sum().backward()
