@@ -470,9 +470,10 @@ class PruningCallback(Reporting[Report], Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if the schedule did not come to its end, or had no effect; also where no batch was trained on."""
         if self._part < 1:
+            over = "the schedule never gives 1" if self._progress >= 1 else "training ended before the schedule did"
             rank_zero_warn(
-                f"{type(self).__name__}: training ended before the schedule did (end={self.end!r}): "
-                f"{self.amount_:.3g} of amount={self.amount:g} was asked for so far",
+                f"{type(self).__name__}: {over} (end={self.end!r}): {self.amount_:.3g} of amount={self.amount:g} was "
+                "asked for so far",
                 category=NoEffectWarning,
             )
         elif not self._has_effect():

@@ -39,7 +39,7 @@ from lightning_modules import (
 from torch import Tensor, nn
 from weight_cases import Held
 
-from lightning_prune import PruningError, WeightPruning
+from lightning_prune import NoEffectWarning, PruningError, WeightPruning
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -378,3 +378,8 @@ def test_a_callback_cannot_be_used_twice_in_one_trainer() -> None:
     for twins in ([callback, callback], [callback, weights(0.5)]):
         with pytest.raises((PruningError, RuntimeError), match="WeightPruning"):
             fit(seeded(Task), *twins)
+
+
+def test_a_schedule_that_stops_short_is_told_from_a_training_that_does() -> None:
+    with pytest.warns(NoEffectWarning, match=r"the schedule never gives 1 \(end=0.5\): 0.4 of amount=0.8 was asked"):
+        fit(seeded(lambda: Task(mlp(), shape=(6,))), weights(0.8, schedule=lambda p: p / 2, end=0.5), max_epochs=4)
