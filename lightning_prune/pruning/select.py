@@ -418,12 +418,17 @@ def _layers(groups: Groups) -> list[float]:
     a residual stream one of each layer's that writes to it or reads it. A group that is a third of what a layer reads
     counts a third there.
     """
-    owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)] or [torch.empty(0)])
-    layers = torch.zeros(len(groups.prunable), dtype=torch.float64)
-    for (name, _), extent in groups.extents.items():
-        if name in groups.parameters and len(groups.shapes[name]) > 1 and not extent.fixed:
-            units = extent.unit_of[extent.unit_of != NO_UNIT]
-            layers += torch.bincount(owner[units], minlength=len(layers)) / len(extent.unit_of)
+    dims = [
+        extent.unit_of
+        for (name, _), extent in groups.extents.items()
+        if name in groups.parameters and len(groups.shapes[name]) > 1 and not extent.fixed
+    ]
+    if not dims:
+        return [0.0] * len(groups.prunable)
+    units, sizes = torch.cat(dims), torch.tensor([len(each) for each in dims])
+    parts = (1 / sizes.double()).repeat_interleave(sizes)[units != NO_UNIT]
+    owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)])
+    layers = torch.bincount(owner[units[units != NO_UNIT]], parts, minlength=len(groups.prunable))
     found: list[float] = layers.tolist()
     return found
 
