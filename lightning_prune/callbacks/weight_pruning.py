@@ -502,7 +502,7 @@ class WeightPruning(PruningCallback):
             raise PruningError(
                 f"the checkpoint's state of WeightPruning is damaged: {type(error).__name__}: {error}"
             ) from error
-        self.amount_, self._part, self._pruned, self.masks_ = amount, part, pruned, masks
+        self._pruned, self.masks_ = pruned, masks
         self._judge.sums, self._judge.stale, self._ranks = sums, stale, ranks
         self._seed, self._lost, self._rewind, self._restored = seed, lost, rewind, True
         self._thresholds = thresholds

@@ -373,7 +373,6 @@ class _Ranked:
     Attributes:
         key: The group's key.
         size: How many it has now.
-        layers: Of how many layers' weights it is a dimension, see `_layers`.
         scores: In that order, float64.
         starts: Where each block starts, shape (blocks,).
         ends: Where each block ends.
@@ -382,7 +381,6 @@ class _Ranked:
 
     key: str
     size: int
-    layers: float
     scores: Tensor
     starts: Tensor
     ends: Tensor
@@ -399,20 +397,19 @@ class _Ranked:
 
 def _ranked(groups: Groups, scores: Tensor, allowed: Tensor, round_to: int, floor: int) -> list[_Ranked]:
     found = []
-    owned = zip(groups.keys, groups.prunable, groups.ranges, _layers(groups), strict=True)
-    for key, group, numbers, layers in owned:
+    for key, group, numbers in zip(groups.keys, groups.prunable, groups.ranges, strict=True):
         first = group.size % round_to or round_to
         ends = torch.tensor(range(first, group.size - floor + 1, round_to), dtype=torch.long)
         if not bool(allowed[numbers.start]) or not len(ends):
             continue
         order = torch.argsort(scores[numbers.start : numbers.stop], stable=True) + numbers.start
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        found.append(_Ranked(key, group.size, layers, scores[order].double(), starts, ends, order))
+        found.append(_Ranked(key, group.size, scores[order].double(), starts, ends, order))
     return found
 
 
-def _layers(groups: Groups) -> list[float]:
-    """Of how many layers' weights each prunable group is a dimension.
+def _layers(groups: Groups) -> dict[str, float]:
+    """Of how many layers' weights each prunable group, by its key, is a dimension.
 
     A hidden layer's neurons are one of two, of the weights that make them and of those that read them; the channels of
     a residual stream one of each layer's that writes to it or reads it. A group that is a third of what a layer reads
@@ -424,13 +421,12 @@ def _layers(groups: Groups) -> list[float]:
         if name in groups.parameters and len(groups.shapes[name]) > 1 and not extent.fixed
     ]
     if not dims:
-        return [0.0] * len(groups.prunable)
+        return dict.fromkeys(groups.keys, 0.0)
     units, sizes = torch.cat(dims), torch.tensor([len(each) for each in dims])
     parts = (1 / sizes.double()).repeat_interleave(sizes)[units != NO_UNIT]
     owner = torch.cat([torch.full((len(numbers),), i) for i, numbers in enumerate(groups.ranges)])
     layers = torch.bincount(owner[units[units != NO_UNIT]], parts, minlength=len(groups.prunable))
-    found: list[float] = layers.tolist()
-    return found
+    return dict(zip(groups.keys, layers.tolist(), strict=True))
 
 
 _Placing = Callable[[_Ranked], Tensor]
@@ -445,6 +441,8 @@ def _placing(
     comparable: bool,
     curves: Curves | None,
 ) -> _Placing:
+    layers = {} if cost is None or comparable else _layers(groups)
+
     def gone(group: _Ranked) -> Tensor:
         """Fraction of the whole group that is gone halfway through each block."""
         whole = dense.sizes.get(group.key, group.size)
@@ -469,7 +467,7 @@ def _placing(
         if comparable:
             return torch.where(saved > 0, group.sums / saved, math.inf)
         mass = group.scores.flip(0).cumsum(0).flip(0)[group.starts]  # of this neuron and all that rank above it
-        return _price(group.sums, mass, saved, group.layers)
+        return _price(group.sums, mass, saved, layers[group.key])
 
     return {"layer": gone, "sensitivity": by_curve}.get(scope, by_score)
 

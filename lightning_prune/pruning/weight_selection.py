@@ -108,7 +108,11 @@ class _Units(Mapping[str, Tensor]):
             score = torch.where(self.masks[name].to(score.device), score, -torch.inf)
         if self.lamp:
             score = _lamp(score)
-        return score if self.pattern is None else self.pattern.units(score, self.dims.get(name, 1))
+        if self.pattern is None:
+            return score
+        inputs = self.dims.get(name, 1)
+        self.pattern.check(name, tuple(score.shape), inputs)  # neurons may have gone since it was found to fit
+        return self.pattern.units(score, inputs)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.scores)
@@ -143,9 +147,6 @@ def select_weights(
     Returns:
         Masks by parameter name. Among equal scores those of the lower index go.
     """
-    if pattern is not None:
-        for name, score in scores.items():
-            pattern.check(name, tuple(score.shape), (dims or {}).get(name, 1))
     units = _Units(scores, masks, pattern, dims or {}, lamp=scope == "lamp")
     names = list(scores)
     kept: dict[str, Tensor] = {}
