@@ -545,8 +545,11 @@ def _made(trace: Trace, solution: Solution) -> Tensor:
         made[labels] = True
     for box, choice in reversed(list(zip(trace.book.boxes, solution.chosen, strict=True))):
         axis = None if choice is None else box.axes[choice]
-        if axis is not None and int(box.cells.min()) < int(axis.min()) and bool(made[axis].any()):
-            made[box.cells.flatten()] = True  # a weight that was split before it made them
+        if axis is not None:  # a weight that was split, or merged, before it made them: the older labels are its own
+            cells = box.cells.flatten()
+            older, newer = (cells, axis) if int(cells.min()) < int(axis.min()) else (axis, cells)
+            if bool(made[newer].any()):
+                made[older] = True
     return made
 
 

@@ -5,7 +5,7 @@ Nothing here knows an operation; rules state facts (`unify`, `split`, `freeze`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
@@ -93,6 +93,7 @@ class LabelBook:
     made: list[Tensor] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     avoided: list[Tensor] = field(default_factory=list)
+    _merged: dict[int, Box] = field(default_factory=dict)
     _filled: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
     _any_filled: bool = False
 
@@ -196,8 +197,16 @@ class LabelBook:
         cells = self.new(prod(sizes)).view(sizes)
         if self.is_filled(*axes):
             self._mark_filled(cells.flatten())
-        self.boxes.append(Box(cells, tuple(axes), where))
+        parts = tuple(part for axis in axes for part in self._merged_into(axis))
+        box = Box(cells.view([len(part) for part in parts]), parts, where)
+        self.boxes.append(box)
+        self._merged[int(cells.view(-1)[0])] = box
         return cells
+
+    def _merged_into(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """The parts that were merged into this dimension; itself where none were."""
+        box = self._merged.get(int(labels[0]))
+        return box.axes if box is not None and torch.equal(box.cells.flatten(), labels) else (labels,)
 
     def produce(self, labels: Tensor | None) -> None:
         """State that a layer makes these indices: they are its neurons, not its inputs."""
@@ -250,9 +259,9 @@ class LabelBook:
     def _choose(self, root: Tensor, useless: Sequence[Tensor], stay: Tensor, mix: Tensor) -> list[int | None]:
         """For every box the axis whose indices can go; ``stay`` and ``mix`` are labels that do.
 
-        Axes that share labels (the heads of queries, keys and values) are one choice for all boxes. An axis that
-        nothing mixes is preferred, then the outer one: heads before head size, whose removal would change the scale
-        of attention.
+        Axes that share labels (the heads of queries, keys and values) are one choice for all boxes, and so are those of
+        boxes with the same cells (what was merged is split again). An axis that nothing mixes is preferred, then the
+        outer one: heads before head size, whose removal would change the scale of attention.
         """
         if not self.boxes:
             return []
@@ -262,6 +271,7 @@ class LabelBook:
         edges = []
         for box in self.boxes:  # all labels of an axis belong to one choice, by way of an edge to its first
             edges += [(root[axis], root[axis[:1]].expand_as(axis)) for axis in box.axes]
+        edges += [(root[one[:1]], root[other[:1]]) for one, other in self._alike(root)]
         choice = _components(self.count, edges)
         ends = torch.tensor([int(axis[0]) for box in self.boxes for axis in box.axes])
         numbers = iter(choice[root[ends]].tolist())
@@ -281,17 +291,26 @@ class LabelBook:
         mixed[root[mix]] = True
         axes = (axis for box in self.boxes for axis in box.axes if bool(mixed[root[axis]].any()))
         mixing = {choice[root[axis[0]]].item() for axis in axes}
-        wishes = sorted(
-            (part in mixing, place, number) for number, own in enumerate(parts) for place, part in enumerate(own)
-        )
+        first: dict[int, int] = {}  # part -> where it lies in the first box that has it
+        for own in parts:
+            for place, part in enumerate(own):
+                first.setdefault(part, place)
         taken: set[int] = set()
-        for _, place, number in wishes:
-            part = parts[number][place]
-            if part not in blocked and part not in taken:
+        for part in sorted(first, key=lambda part: (part in mixing, first[part])):
+            if part not in blocked:
                 taken.add(part)
                 for other in boxes_of[part]:  # a part beside a chosen one stays
                     blocked.update(each for each in parts[other] if each != part)
         return [next((axis for axis, part in enumerate(own) if part in taken), None) for own in parts]
+
+    def _alike(self, root: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The axes, in pairs, of boxes that lay out the same cells alike."""
+        seen: dict[tuple[tuple[int, ...], bytes], Box] = {}
+        for box in self.boxes:
+            key = (tuple(box.cells.shape), root[box.cells].numpy().tobytes())
+            first = seen.setdefault(key, box)
+            if first is not box:
+                yield from zip(first.axes, box.axes, strict=True)
 
     def _facts_of(
         self, base: Tensor, chosen: Sequence[int | None]

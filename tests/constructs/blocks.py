@@ -1075,6 +1075,23 @@ class BatchedExperts(nn.Module):
         return (out * self.router(x).sigmoid().view(b * n, -1).t().unsqueeze(-1)).sum(0).view(b, n, d)
 
 
+class EinsumExperts(nn.Module):
+    """The same by einsum, which lays experts and hidden features side by side in one dimension and takes them apart."""
+
+    SHAPES = {"edh": (3, 8, 6), "ehd": (3, 6, 8), "dhe": (8, 6, 3)}
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.gate = how, nn.Linear(8, 3)
+        self.w_in = nn.Parameter(torch.randn(self.SHAPES[how]) / 3)
+        self.b_in = nn.Parameter(torch.randn(3, 6) / 3)
+        self.w_out = nn.Parameter(torch.randn(3, 6, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(torch.einsum(f"bnd,{self.how}->bneh", x, self.w_in) + self.b_in)
+        return torch.einsum("bneh,ehd,bne->bnd", hidden, self.w_out, self.gate(x).softmax(-1))
+
+
 class SwitchRouting(nn.Module):
     """The best expert alone, by argmax; each computes its own tokens."""
 
@@ -1147,6 +1164,8 @@ class MultiTask(nn.Module):
 for _how in ("loop", "einsum", "stack"):
     construct(f"experts_{_how}", lambda how=_how: BetweenLinear(MoE(how)), TOKENS)
 construct("experts_batched", lambda: BetweenLinear(BatchedExperts()), TOKENS)
+for _how in EinsumExperts.SHAPES:
+    construct(f"experts_einsum_{_how}", lambda how=_how: BetweenLinear(EinsumExperts(how)), TOKENS)
 construct("experts_switch", lambda: BetweenLinear(SwitchRouting()), TOKENS)
 construct("experts_top_k", lambda: BetweenLinear(TopK()), TOKENS)
 construct("experts_hard_gate", lambda: BetweenLinear(HardGate(), out=6), vector(5))

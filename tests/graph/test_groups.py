@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from constructs import CONSTRUCTS
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import (
@@ -556,6 +557,43 @@ def test_experts_in_one_call_lose_their_hidden_features() -> None:
                 dense.get_parameter(name).index_fill_(dim, torch.tensor(gone), 0.0)
     for batch in (x, torch.rand(12, 8)):
         torch.testing.assert_close(model(batch), dense(batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["edh", "ehd", "dhe"])
+def test_experts_of_an_einsum_lose_their_hidden_features(how: str) -> None:
+    model = CONSTRUCTS[f"experts_einsum_{how}"].build()
+    hidden = [g for g in find_groups(model, torch.rand(2, 6, 5)).prunable if g.size == 6]
+    assert [(g.slices[0].name, g.slices[0].role) for g in hidden if g.exact] == [("2.w_in", "makes")]
+
+
+class Fused(nn.Module):
+    """Queries, keys and values by one einsum over a weight of four dimensions."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.qkv = nn.Parameter(torch.randn(*({"t": 3, "d": 8, "h": 4, "k": 5}[axis] for axis in how)) / 3)
+        self.out = nn.Parameter(torch.randn(4, 5, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = torch.einsum(f"bnd,{self.how}->tbhnk", x, self.qkv)
+        return torch.einsum("bhqs,bhsk,hkd->bqd", (q @ k.mT).softmax(-1), v, self.out)
+
+
+@pytest.mark.parametrize("how", ["tdhk", "dthk", "dhkt", "hdtk"])
+def test_heads_of_one_weight_of_many_dimensions_go(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), Fused(how), nn.Linear(8, 2)).double(), torch.rand(2, 7, 6).double()
+    dense = copy.deepcopy(model)
+    (heads,) = (group for group in find_groups(model, x).prunable if group.size == 4)
+    assert heads.exact
+    assert {(s.name, s.dim, s.role) for s in heads.slices} == {
+        ("1.qkv", how.index("h"), "makes"),
+        ("1.out", 0, "reads"),
+    }
+    plan = prune_neurons(model, x, 0.5, scope="layer", exact_only=True)
+    assert model[1].out.shape == (2, 5, 4)
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x)
 
 
 @rule("mine::picky")
