@@ -20,6 +20,7 @@ from lightning_prune.graph.tree import leaves, modules_of, named_tensors
 __all__ = [
     "TOLERANCE",
     "MaskedModel",
+    "NumbersDifferError",
     "OutputsDifferError",
     "compare_outputs",
     "compare_shapes",
@@ -30,6 +31,10 @@ __all__ = [
 
 class OutputsDifferError(SurgeryError):
     """The pruned model gives other values than the masked one."""
+
+
+class NumbersDifferError(SurgeryError):
+    """The pruned model calculates with other numbers than the masked one, whatever comes of it for some inputs."""
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}

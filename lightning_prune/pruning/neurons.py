@@ -28,7 +28,7 @@ from lightning_prune.graph.callsites import (
 from lightning_prune.graph.copies import tie_copies
 from lightning_prune.graph.groups import Group, Groups, draw_groups, find_groups
 from lightning_prune.graph.labels import CALCULATES
-from lightning_prune.graph.numbers import numbers_of, where_numbers_differ
+from lightning_prune.graph.numbers import NumberRecorder, Numbers, numbers_of, where_numbers_differ
 from lightning_prune.graph.run import (
     cast,
     cuda_devices,
@@ -41,7 +41,7 @@ from lightning_prune.graph.run import (
 from lightning_prune.graph.sized import SHAPES
 from lightning_prune.graph.tree import leaves, modules_of, named_tensors
 from lightning_prune.graph.tree import tensors as tensors_of
-from lightning_prune.graph.verify import MaskedModel, OutputsDifferError, compare_outputs
+from lightning_prune.graph.verify import MaskedModel, NumbersDifferError, OutputsDifferError, compare_outputs
 from lightning_prune.pruning.criteria import NeuronCriterion, collect_now, get_neuron_criterion, relative
 from lightning_prune.pruning.latency import macs_for_latency
 from lightning_prune.pruning.plan import Plan
@@ -442,7 +442,8 @@ def _attempt(
             if exact:
                 change.undo()
                 raise
-            numbers = numbers_of(model, check.calls) if explain and isinstance(error, OutputsDifferError) else None
+            differs = isinstance(error, (OutputsDifferError, NumbersDifferError))
+            numbers = numbers_of(model, check.calls) if explain and differs else None
             change.undo()
             if numbers is not None and (where := where_numbers_differ(numbers_of(model, check.calls), numbers)):
                 raise SurgeryError(f"{CALCULATES}{where}") from None
@@ -495,11 +496,13 @@ class _Check:
         calls: The calls of the model, or of its parts, to run after it.
         expected: What each gives if the removed slices are zero; RANDOM where it draws random numbers; None where only
             shapes are compared.
+        numbers: What that run calculates with; None where only shapes are compared.
         exact: The model runs in double precision: numbers of rows that depend on values are the same too.
     """
 
     calls: Sequence[ModuleCall]
     expected: Sequence[Any]
+    numbers: Numbers | None = None
     exact: bool = False
 
     @classmethod
@@ -522,12 +525,14 @@ class _Check:
         if exact:
             calls = [cast(call, torch.float64) for call in calls]
             try:
-                return cls(calls, replace(masked).outputs(calls), exact=True)  # with the tensors that there are now
+                with NumberRecorder() as noted:
+                    outputs = replace(masked).outputs(calls)  # with the tensors that there are now
+                return cls(calls, outputs, noted.found, exact=True)
             except Exception as error:
                 raise SurgeryError(f"{type(masked.model).__name__} can't run in double precision") from error
         if not compare:
             return cls(calls, [None] * len(calls))
-        return _on_smaller_images(masked, groups, calls) or cls(*_run_masked(masked, calls))
+        return _on_smaller_images(masked, groups, calls) or _on_the_same(masked, calls)
 
     def passes(
         self, model: nn.Module, groups: Groups, alive: Tensor, asked: Mapping[CallSite, Mapping[int, Any]]
@@ -535,11 +540,13 @@ class _Check:
         """After the removal: the sized calls that had to be patched; ``asked``: sizes in the whole model's calls.
 
         Raises:
-            SurgeryError: The outputs differ where they must not.
+            SurgeryError: The outputs differ where they must not, or what they are calculated with.
         """
-        patches, actual = _patch_sizes(model, groups, alive, self.calls, asked)
+        with NumberRecorder() as noted:
+            patches, actual = _patch_sizes(model, groups, alive, self.calls, asked)
         if patches:
-            actual = run_calls(model, self.calls)
+            with NumberRecorder() as noted:
+                actual = run_calls(model, self.calls)
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in modules_of(model).values()):
             with plain_encoders(False):  # as users run them
                 actual = run_calls(model, self.calls)
@@ -552,6 +559,8 @@ class _Check:
                     raise SurgeryError(f"outputs have shapes {_listed(shapes)} after, {_listed(call.shapes)} before")
             elif wanted is not None and wanted is not RANDOM and (fixed or _same_shapes(wanted, got)):
                 compare_outputs(wanted, got)
+        if self.numbers is not None and where_numbers_differ(self.numbers, noted.found):
+            raise NumbersDifferError("the forward calculates with the number of neurons")
         return patches
 
     def repeatable(self, model: nn.Module) -> list[ModuleCall]:
@@ -654,26 +663,29 @@ def _numbers(
     return found
 
 
-def _run_masked(masked: MaskedModel, calls: Sequence[ModuleCall]) -> tuple[list[ModuleCall], list[Any]]:
+def _on_the_same(masked: MaskedModel, calls: Sequence[ModuleCall]) -> _Check:
     """What the masked model gives, RANDOM where it draws random numbers in evaluation mode too.
 
     Calls that can't be repeated, such as those that need training mode, are left out.
     """
     repeated: list[ModuleCall] = []
     outputs: list[Any] = []
+    numbers: Numbers = []
     for call in calls:
         before = _random_states(masked.model)
         try:
-            outputs += masked.outputs([call])
+            with NumberRecorder() as noted:
+                outputs += masked.outputs([call])
         except Exception as error:  # whatever the user's forward raises: it is the whole model that fails here
             _warn_unchecked(call, masked.model, error)
             continue
         repeated.append(call)
+        numbers += noted.found
         if not all(map(torch.equal, before, _random_states(masked.model))):
             outputs[-1] = RANDOM
             name = call.path or type(masked.model).__name__
             warnings.warn(f"{name} draws random numbers in evaluation mode: its removal is not checked", stacklevel=2)
-    return repeated, outputs
+    return _Check(repeated, outputs, numbers)
 
 
 SMALL = 64
@@ -703,12 +715,13 @@ def _on_smaller_images(masked: MaskedModel, groups: Groups, given: Sequence[Modu
         return None
     before = _random_states(masked.model)
     try:
-        outputs = masked.outputs(calls)
+        with NumberRecorder() as noted:
+            outputs = masked.outputs(calls)
     except Exception:  # a model that wants its own size is checked on that
         return None
     sure = all(bool(each.isfinite().all()) for each in tensors_of(outputs))
     sure = sure and all(map(torch.equal, before, _random_states(masked.model)))
-    return _Check(calls, outputs) if sure else None
+    return _Check(calls, outputs, noted.found) if sure else None
 
 
 def _random_states(model: nn.Module) -> list[Tensor]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from networks import IMAGE, Net, Wide, assert_same_outputs, build, inputs, masked_twin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_prune import Plan, PruningError, find_groups, prune_neurons
 from lightning_prune.graph.callsites import Attribute, Number, installed_patches, marked_attributes, watched_size
@@ -314,6 +315,38 @@ def test_a_calculation_that_python_hides_is_found_by_comparing(name: str) -> Non
     plan = prune_neurons(model, inputs((3,)), 0.5)
     assert plan.approximate == {"a": "calculates with its size in the model itself"}
     assert model.a.out_features == 4
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "before_a_norm": lambda x: F.layer_norm(x.sum(1, True) * (1.0 / x.size(1)) * torch.arange(1.0, 9).to(x), (8,)),
+    "at_most": lambda x: x.clamp(max=10.0 * int(x.size(1))),
+    "threshold": lambda x: F.threshold(x, -float(len(x.T)), 0.0),
+    "times_nothing": lambda x: x + 0 * x / int(x.size(1)),
+    "whole": lambda x: x.clamp(max=torch.tensor(10 * int(x.size(1)))),
+    "filled": lambda x: x.clamp(max=torch.full((1,), 10.0 * int(x.size(1)))),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_calculation_that_the_example_inputs_do_not_show_is_found_as_well(name: str) -> None:
+    model = between(UNSEEN[name])
+    with pytest.raises(PruningError, match=r"approximate: calculates with its size in the model itself"):
+        prune_neurons(model, inputs((3,)), 0.5, exact_only=True)
+    assert prune_neurons(model, inputs((3,)), 0.5).approximate == {"a": "calculates with its size in the model itself"}
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda x: x[:, torch.arange(x.size(1)).flip(0) + 0 * x.size(1)],
+        lambda x: x.clamp(max=x.abs().sum().item()) / (1.0 + float(x.abs().sum())),
+        lambda x: x * x.new_full((x.size(1),), 0.5),
+    ],
+    ids=["places", "of_values", "of_its_size"],
+)
+def test_numbers_that_may_differ_are_not_taken_for_sizes(same: Callable[[Tensor], Tensor]) -> None:
+    plan = prune_neurons(between(same), inputs((3,)), 0.5, exact_only=True)
+    assert plan.kept["a.weight"]
 
 
 class Hidden(nn.Module):
