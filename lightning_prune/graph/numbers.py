@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
+from lightning_prune.graph.operations import OperationMode
 from lightning_prune.graph.run import run_calls
 
 __all__ = ["NumberRecorder", "Numbers", "numbers_of", "where_numbers_differ"]
@@ -31,7 +31,7 @@ SMALL = 64
 """Elements of the tensors of constants that are looked at."""
 
 
-class NumberRecorder(TorchDispatchMode):
+class NumberRecorder(OperationMode):
     """Notes the numbers that a run calculates with, up to the first one that it reads from a tensor of fractions.
 
     Those that come of such a one differ by rounding from run to run.
@@ -42,14 +42,12 @@ class NumberRecorder(TorchDispatchMode):
 
     def __init__(self, stack: ModuleStack | None = None) -> None:
         """Take the stack of running modules, where these are to be told."""
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.found: Numbers = []
         self._stack, self._read = stack, False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it, and note its numbers."""
         out = func(*args, **kwargs)
         packet = func.overloadpacket
         if packet is _aten._local_scalar_dense and args[0].is_floating_point():
@@ -97,6 +95,6 @@ def where_numbers_differ(whole: Numbers, pruned: Numbers) -> str | None:
     for one, other in zip_longest(whole, pruned):
         if one is None or other is None or one[:2] != other[:2]:
             return None
-        if one[2] != other[2]:
+        if repr(one[2]) != repr(other[2]):  # no NaN is equal to itself
             return one[1] or "the model itself"
     return None

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.graph.callsites import in_backward, untraced
+from lightning_prune.graph.operations import OperationMode
 from lightning_prune.graph.trace import FLOP_FORMULAS
 from lightning_prune.graph.tree import modules_of
 
@@ -202,23 +202,17 @@ def rescaled(uses: Mapping[str, Use], shares: Mapping[str, float]) -> dict[str, 
 _SUMS = (torch.ops.aten.add, torch.ops.aten.add_)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(OperationMode):
     """Tells an observer of each multiplication in a forward, and of sums."""
 
     def __init__(self, observer: Observer) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.observer = observer
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         formula = FLOP_FORMULAS.get(func._overloadpacket)
-        if formula is None and func.namespace == "aten":
-            with self:  # in inference mode composite operations arrive whole
-                decomposed = func.decompose(*args, **kwargs)
-            if decomposed is not NotImplemented:
-                return decomposed
+        if formula is None and (made := self.decomposed(func, args, kwargs)) is not NotImplemented:
+            return made
         if func._overloadpacket in _SUMS and not in_backward():
             self.observer.note_sum(args[:2])
         out = func(*args, **kwargs)

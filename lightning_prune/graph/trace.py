@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_prune.graph.callsites import (
@@ -25,6 +24,7 @@ from lightning_prune.graph.callsites import (
     watched_size,
 )
 from lightning_prune.graph.labels import CALCULATES, Dims, LabelBook
+from lightning_prune.graph.operations import OperationMode
 from lightning_prune.graph.rules import Call, find_rule
 from lightning_prune.graph.sized import SizedFunction, input_of
 from lightning_prune.graph.tree import TensorMap, modules_of, tensors, tensors_of_call, unique_tensors
@@ -137,25 +137,18 @@ class _Known:
     """Whether it was made of gradients: what becomes of these is no part of the model's function."""
 
 
-class _Dispatch(TorchDispatchMode):
+class _Dispatch(OperationMode):
     """Hands each ATen call to its rule."""
 
     def __init__(self, tracer: Tracer) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.tracer = tracer
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.tracer.listening:
             return func(*args, **kwargs)
-        if find_rule(func) is None and func.namespace == "aten":
-            # In inference mode composite operations arrive whole; what they consist of has rules.
-            with self:
-                decomposed = func.decompose(*args, **kwargs)
-            if decomposed is not NotImplemented:
-                return decomposed
+        if find_rule(func) is None and (made := self.decomposed(func, args, kwargs)) is not NotImplemented:
+            return made  # what it consists of has rules
         out = func(*args, **kwargs)
         self.tracer.follow(func, args, kwargs, out)
         return out

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import SurgeryError
 from lightning_prune.graph.callsites import ModuleCall
+from lightning_prune.graph.operations import OperationMode
 from lightning_prune.graph.run import same_buffers, standing_in
 from lightning_prune.graph.tree import leaves, modules_of, named_tensors
 
@@ -248,20 +248,18 @@ def _may_be_norm(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not type(module).__module__.startswith("torch.nn.")
 
 
-class _KeptNorms(TorchDispatchMode):
+class _KeptNorms(OperationMode):
     """Norms whose weights are masked leave out what is removed: it becomes zero."""
 
     def __init__(self, kept: Mapping[int, Tensor]) -> None:
         """Take what stays of each norm, by the id of its weight."""
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.kept = kept
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index = self.kept.get(id(args[2])) if func in _NORMS.values() else None
         if index is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         x, _, weight, *rest = args  # shapes (..., features), (features,)
         index = index.to(x.device)
         rest = [each[index] if isinstance(each, Tensor) else each for each in rest]

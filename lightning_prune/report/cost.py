@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import TraceError
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
+from lightning_prune.graph.operations import OperationMode
 from lightning_prune.graph.run import as_calls, run_calls, undisturbed
 from lightning_prune.graph.trace import FLOP_FORMULAS
 
@@ -116,26 +116,20 @@ def cost_of_calls(model: nn.Module, calls: tuple[ModuleCall, ...]) -> Cost:
     )
 
 
-class _MacCounter(TorchDispatchMode):
+class _MacCounter(OperationMode):
     """Adds the MACs of each call to every module that is running; torch's own counter needs gradients to know which."""
 
     def __init__(self, stack: ModuleStack) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.stack = stack
         self.total = 0
         self.macs: Counter[str] = Counter()
         self.own: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         formula = FLOP_FORMULAS.get(func._overloadpacket)
-        if formula is None and func.namespace == "aten":
-            with self:  # in inference mode composite operations arrive whole
-                decomposed = func.decompose(*args, **kwargs)
-            if decomposed is not NotImplemented:
-                return decomposed
+        if formula is None and (made := self.decomposed(func, args, kwargs)) is not NotImplemented:
+            return made
         out = func(*args, **kwargs)
         if formula is not None:
             macs = int(formula(*args, **kwargs, out_val=out)) // 2

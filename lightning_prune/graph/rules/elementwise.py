@@ -250,7 +250,7 @@ def made(call: Call) -> Dims:
     return tuple(None if size < 2 else call.book.new(size) for size in call.out.shape)
 
 
-aten_family(made, ["zeros", "new_zeros", "new_empty", "empty"])
+aten_family(made, ["zeros", "new_zeros", "new_empty", "empty", "new_empty_strided", "empty_strided"])
 
 
 def made_full(call: Call) -> Dims:
@@ -273,6 +273,7 @@ def eye(call: Call) -> Dims:
     return (labels, labels)
 
 
+@rule(aten.repeat_interleave.Tensor)
 def number(call: Call) -> None:
     """Creates a tensor that counts its indices, or reads a number: no labels, and none are touched."""
 
@@ -283,12 +284,10 @@ aten_family(
         "_assert_async",
         "_local_scalar_dense",
         "arange",
-        "empty_strided",
         "is_same_size",
         "linspace",
         "randint",
         "randperm",
-        "repeat_interleave",
         "scalar_tensor",
         "sym_numel",
         "sym_size",
