@@ -473,6 +473,33 @@ def test_sparse_inputs_are_taken() -> None:
         find_groups(model, (torch.eye(8) / 0).nan_to_num(0, float("inf")).to_sparse())
 
 
+GRAPH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sparse_mm": torch.sparse.mm,
+    "sparse_addmm": lambda edges, x: torch.sparse.addmm(x, edges, x, beta=0.5),
+    "at": lambda edges, x: edges @ x,
+    "spmm": torch.spmm,
+}
+
+
+@pytest.mark.parametrize(("layout", "held"), [("to_sparse", False), ("to_sparse", True), ("to_sparse_csr", False)])
+@pytest.mark.parametrize("name", GRAPH)
+@pytest.mark.filterwarnings("ignore:.*Sparse CSR tensor support is in beta")
+def test_features_of_a_graphs_nodes_go(name: str, layout: str, held: bool) -> None:
+    edges = getattr((inputs((6,), 6) > 0).double(), layout)()
+
+    def run(net: Any, x: Tensor, edges: Any = None) -> Tensor:
+        edges = net.edges if held else edges
+        return net.b(GRAPH[name](edges, net.a(x).tanh()))  # type: ignore[no-any-return]
+
+    model = build(lambda: Net(run, a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
+    model.register_buffer("edges", edges if held else None)
+    x = inputs((3,), 6) if held else (inputs((3,), 6), edges)
+    dense = copy.deepcopy(model)
+    plan = prune_neurons(model, x, 0.5, exact_only=True)
+    assert model.a.out_features == 4
+    assert_same_outputs(model, masked_twin(dense, plan.kept), x)
+
+
 def test_a_forward_that_copies_layers_is_left_alone() -> None:
     """The copies have the hooks of the layers that were copied."""
     run = lambda n, x: copy.deepcopy(n.b)(copy.deepcopy(n.a)(x).tanh())  # noqa: E731

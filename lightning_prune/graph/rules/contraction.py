@@ -207,6 +207,9 @@ def addmm(call: Call) -> Dims:
     return _plus(call, call.args[0], result)
 
 
+aten_family(addmm, ["_sparse_addmm"])
+
+
 @rule(aten.addbmm)
 def addbmm(call: Call) -> Dims:
     """Sum of the products of a batch."""
