@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_prune.cli import main
 from lightning_prune.models import ImageClassifier, LeNet
 
 ROOT = Path(__file__).parents[2]
@@ -149,16 +152,15 @@ def check_config(config: Any, place: str) -> None:
 
 def run_ours(words: list[str], place: str) -> None:
     """``lightning-prune``; of a command for the reader's own files only the options are looked at."""
-    command = [sys.executable, "-m", "lightning_prune", *words]
     inputs = [word for word, before in zip(words[1:], words, strict=False) if not before.startswith("--")]
     files = [word.partition(":")[0] for word in inputs]
     theirs = any(name.endswith((".ckpt", ".safetensors", ".py")) and not Path(name).exists() for name in files)
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):  # in this process: loading torch anew takes longer than most
+        code = main([words[0], "--help"] if theirs else words)
+    assert code == 0, f"{place}: {' '.join(words)}\n{said.getvalue()}"
     if theirs:
-        command = [*command[:4], "--help"]
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, f"{place}: {' '.join(words)}\n{done.stdout}{done.stderr}"
-    if theirs:
-        known = {option.replace("_", "-") for option in options_in(done.stdout)}
+        known = {option.replace("_", "-") for option in options_in(said.getvalue())}
         missing = {option.replace("_", "-") for option in options_in(" ".join(words))} - known
         assert not missing, f"{place}: {words[0]} has no {', '.join(sorted(missing))}"
 

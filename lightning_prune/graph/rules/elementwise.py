@@ -297,6 +297,44 @@ aten_family(
 )
 
 
+def fake_quantize(call: Call) -> list[Dims]:
+    """Rounding to a grid that holds zero; scales and zero points are of the whole tensor or of each channel."""
+    dims = list(call.dims(call.args[0]))
+    if "per_channel" in str(call.func):
+        axis = call.args[3]
+        for each in call.args[1:3]:
+            dims[axis] = call.unify(dims[axis], call.dims(each)[0])
+    return [tuple(dims)] * 2
+
+
+aten_family(
+    fake_quantize,
+    [
+        "_fake_quantize_learnable_per_channel_affine",
+        "_fake_quantize_learnable_per_tensor_affine",
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+        "fake_quantize_per_channel_affine_cachemask",
+        "fake_quantize_per_tensor_affine_cachemask",
+    ],
+)
+
+
+def observe_and_quantize(call: Call) -> list[Dims]:
+    """The same after the range was brought up to date: by the values of the whole tensor, or of each channel."""
+    observed, axis, by_channel = call.args[1], call.args[10], call.arg(11, "per_row_fake_quant", False)
+    dims = list(call.dims(call.args[0]))
+    for dim, labels in enumerate(dims):
+        if by_channel and dim == axis:
+            for each in call.args[3:7]:
+                dims[dim] = call.unify(dims[dim], call.dims(each)[0])
+        elif bool(observed):
+            call.mix(labels)
+    return [tuple(dims)] * 2
+
+
+aten_family(observe_and_quantize, ["_fused_moving_avg_obs_fq_helper"])
+
+
 @rule(aten.glu)
 def glu(call: Call) -> Dims:
     """The first half, gated by the second: their indices go together."""

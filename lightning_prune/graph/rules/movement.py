@@ -168,13 +168,15 @@ def unsqueeze(call: Call) -> Dims:
 def squeeze_(call: Call) -> Dims | None:
     """The same in place: the tensor has its new shape already."""
     dims = call.dims(call.args[0])
-    given = call.arg(1, "dim")
+    given = call.arg(1, "dim", range(len(dims)))
+    chosen = {dim % len(dims) for dim in ([given] if isinstance(given, int) else given) if dims}
+    gone = {dim for dim in chosen if dims[dim] is None}
     if call.out.dim() == len(dims):
         return dims
-    if not isinstance(given, int):
+    if call.out.dim() != len(dims) - len(gone):  # which of them had one index can't be told any more
         call.freeze_all(f"drops dimensions in place ({call})")
         return None
-    return tuple(labels for dim, labels in enumerate(dims) if dim != given % len(dims))
+    return tuple(labels for dim, labels in enumerate(dims) if dim not in gone)
 
 
 @rule(aten.squeeze)
@@ -619,6 +621,9 @@ def index_put(call: Call) -> Dims:
     mask = call.args[1][0]
     if mask is not None and mask.shape == target.shape and values.numel() == 1:  # it is masked_fill
         return tuple(map(call.book.fill, map(call.unify, dims, call.dims(mask))))
+    places = [(dim, each) for dim, each in _indexed(call.args[1]) if each is not None]
+    if len(places) == 1 and places[0][1].dtype == torch.bool and call.static(places[0][1]):
+        return _put_by_mask(call, dims, *places[0])
     written = [dim for dim, each in _indexed(call.args[1]) if each is not None]
     behind = written[-1] + 1
     if written != list(range(behind)):  # the written ones come first in the values then
@@ -630,6 +635,26 @@ def index_put(call: Call) -> Dims:
         back = len(dims) - dim
         varies = values.dim() >= back and values.size(-back) > 1
         dims[dim] = call.unify(dims[dim], own[-back]) if varies else call.book.fill(dims[dim])
+    return tuple(dims)
+
+
+def _put_by_mask(call: Call, dims: list[Tensor | None], at: int, mask: Tensor) -> Dims:
+    """Writes where a constant mask of one dimension says; a buffer shrinks with that dimension."""
+    values, labels = call.args[2], dims[at]
+    dims[at] = call.unify(labels, call.dims(mask)[0])
+    for dim, each in enumerate(dims):
+        back = len(dims) - dim
+        if values.dim() < back or values.size(-back) == 1:
+            dims[dim] = call.book.fill(each)
+            continue
+        own = call.dims(values)[-back]
+        if dim != at:
+            dims[dim] = call.unify(each, own)
+        elif labels is None or own is None:
+            call.freeze(labels, "writes at indices of")
+            call.freeze(own, "is written at indices")
+        else:
+            call.unify(labels[mask.cpu()], own)
     return tuple(dims)
 
 
