@@ -449,3 +449,63 @@ construct(
     conv_net(lambda x: torch.as_strided(x.contiguous(), x.shape, x.contiguous().stride()), tail=True),
     SMALL,
 )
+
+
+# Writing where a mask of channels says
+
+
+def set_by_mask(net: Any, x: Tensor) -> Tensor:
+    x = torch.tanh(net.a(x)).clone()
+    x[:, net.mask] = 0.5
+    return net.b(x)
+
+
+def scaled_by_mask(net: Any, x: Tensor) -> Tensor:
+    x = torch.tanh(net.a(x)).clone()
+    x[:, net.mask] *= 2.0
+    x[:, ~net.mask] += x[:, ~net.mask].sin()
+    return net.b(x)
+
+
+def rows_by_mask(net: Any, x: Tensor) -> Tensor:
+    x = torch.tanh(net.a(x)).clone()
+    x[..., torch.tensor([True, False] * 3)] = x[..., 1::2]
+    return net.b(x)
+
+
+for _name, _run in (("set", set_by_mask), ("scaled", scaled_by_mask), ("rows", rows_by_mask)):
+    construct(
+        f"mask_{_name}",
+        lambda run=_run: Net(
+            run,
+            buffers={"mask": torch.tensor([True, False, False, True] * 2)},
+            a=nn.Conv2d(3, 8, 1),
+            b=nn.Conv2d(8, 2, 1),
+        ),
+        SMALL,
+    )
+
+
+# Rounding to a grid, and the same function for each example
+
+per_channel = torch.fake_quantize_per_channel_affine
+
+for _name, _op in (
+    ("fake_quantize", lambda n, x: torch.fake_quantize_per_tensor_affine(x, 0.1, 3, -128, 127)),
+    ("fake_quantize_tensor", lambda n, x: torch.fake_quantize_per_tensor_affine(x, n.scale[:1], n.zero[:1], -128, 127)),
+    ("fake_quantize_channels", lambda n, x: per_channel(x.float(), n.scale.float(), n.zero, 1, -128, 127).double()),
+    ("vmap", lambda n, x: torch.vmap(lambda each: F.softplus(each) * 2 - each)(x)),
+    (
+        "vmap_product",
+        lambda n, x: torch.vmap(lambda each: torch.einsum("chw,c->hw", each, n.weight))(x).unsqueeze(1) + x,
+    ),
+):
+    construct(
+        _name,
+        lambda op=_op: Net(
+            lambda n, x: n.b(op(n, torch.tanh(n.a(x)))),
+            buffers={"scale": torch.full((8,), 0.1), "zero": torch.arange(8, dtype=torch.int32)},
+            a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1), weight=parameter(8),
+        ),
+        SMALL,
+    )  # fmt: skip

@@ -101,3 +101,25 @@ def test_repeated_channels_are_followed_in_inference_mode_too(context: Any) -> N
     dense = copy.deepcopy(model)
     plan = prune_neurons(model, x, 0.5)
     assert_same_outputs(model, masked_twin(dense, plan.kept), x)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.ao
+def test_a_network_in_quantization_aware_training_shrinks_and_is_converted() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    torch.manual_seed(0)
+    layers = [quantization.QuantStub(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    model, x = nn.Sequential(*layers, quantization.DeQuantStub()).train(), torch.randn(4, 3, 8, 8)
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.fuse_modules_qat(model, [["1", "2", "3"]], inplace=True)
+    quantization.prepare_qat(model, inplace=True)
+    model(x)
+    plan = prune_neurons(model, x, 0.5)
+    assert "_fused_moving_avg_obs_fq_helper in 1.activation_post_process" in plan.approximate["1"]
+    conv = model[1]
+    assert {len(t) for t in (conv.weight, conv.bn.running_var, conv.weight_fake_quant.scale)} == {4}
+    model(x).sum().backward()
+    expected = model.eval()(x).detach()
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = "fbgemm"
+        got = quantization.convert(model)(x)
+        assert float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
