@@ -12,26 +12,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
-from lightning_prune.graph.operations import OperationMode
 from lightning_prune.graph.run import run_calls
 
 __all__ = ["NumberRecorder", "Numbers", "numbers_of", "where_numbers_differ"]
 
 Numbers = list[tuple[str, str, tuple[Any, ...]]]
-"""Of each call that takes any: the operation, the innermost running module, the numbers."""
+"""Of each call that takes any: the function, the innermost running module, the numbers."""
 
-_aten = torch.ops.aten
-_FILLED = {_aten.full: 1, _aten.new_full: 2, _aten.full_like: 1, _aten.fill: 1, _aten.fill_: 1, _aten.scalar_tensor: 0}
-"""Operations that make a tensor of one number, and where it is among their arguments."""
+_ARITHMETIC = """
+    add addcdiv addcmul atan2 clamp clamp_max clamp_min clip copysign div divide fill float_power floor_divide floordiv
+    fmax fmin fmod full full_like hypot iadd idiv ifloordiv imod imul ipow isub itruediv ldexp lerp masked_fill maximum
+    minimum mod mul multiply new_full pow radd rdiv remainder rfloordiv rmod rmul rpow rsub rtruediv sub subtract
+    threshold true_divide truediv where xlogy
+"""
+ARITHMETIC = frozenset(_ARITHMETIC.split())
+"""Names of functions whose integers are neither sizes nor places, without underscores around them."""
 
-SMALL = 64
-"""Elements of the tensors of constants that are looked at."""
+MADE_OF_LISTS = frozenset({"as_tensor", "new_tensor", "tensor"})
+"""Names of functions that make tensors of the numbers in a list."""
+
+READS = frozenset({"item", "float", "tolist"})
+"""Names of functions that give what a tensor holds."""
 
 
-class NumberRecorder(OperationMode):
+class NumberRecorder(TorchFunctionMode):
     """Notes the numbers that a run calculates with, up to the first one that it reads from a tensor of fractions.
 
     Those that come of such a one differ by rounding from run to run.
@@ -46,30 +54,31 @@ class NumberRecorder(OperationMode):
         self.found: Numbers = []
         self._stack, self._read = stack, False
 
-    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it, and note its numbers."""
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function, and note its numbers."""
+        kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func.overloadpacket
-        if packet is _aten._local_scalar_dense and args[0].is_floating_point():
+        if self._read:
+            return out
+        name = getattr(func, "__name__", "").strip("_")
+        if name in READS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self._read = True
-        numbers = () if self._read else tuple(_numbers(func, packet, args, kwargs, out))
+        numbers = _numbers(name, (*args, *kwargs.values()) if kwargs else args, out)
         if numbers:
-            self.found.append((packet.__name__, self._stack.path if self._stack else "", numbers))
+            self.found.append((name, self._stack.path if self._stack else "", numbers))
         return out
 
 
-def _numbers(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Any]:
-    """The numbers that fractions are made with: integers too where they can be neither sizes nor places."""
-    fractions = isinstance(out, Tensor) and out.is_floating_point()
-    if packet in (_aten.lift_fresh, _aten.lift):  # torch.tensor(...)
-        return out.flatten().tolist() if fractions and out.numel() <= SMALL else []
-    if packet in _FILLED:
-        return list(args[_FILLED[packet] :][:1]) if fractions else []
-    leaves = pytree.arg_tree_leaves(*args, **kwargs)
-    if not fractions or torch.Tag.pointwise not in func.tags:
-        return [leaf for leaf in leaves if isinstance(leaf, float)]
-    wholes = [leaf.item() if isinstance(leaf, Tensor) and _is_whole(leaf) else leaf for leaf in leaves]
-    return [leaf for leaf in wholes if isinstance(leaf, (int, float))]
+def _numbers(name: str, given: Sequence[Any], out: Any) -> tuple[Any, ...]:
+    """The numbers that fractions are made with."""
+    if name in ARITHMETIC and isinstance(out, Tensor) and out.is_floating_point():
+        wholes = (each.item() if isinstance(each, Tensor) and _is_whole(each) else each for each in given)
+        return tuple(each for each in wholes if isinstance(each, (int, float)))
+    if name in MADE_OF_LISTS:
+        given = tree_leaves(given)
+    return tuple([each for each in given if isinstance(each, float)])
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -207,13 +207,19 @@ class MaskedModel:
             for name, parameter in held.pop(module, {}).items():
                 module._parameters[name.rpartition(".")[2]] = parameter
 
+        gone = {
+            (name, dim): _gone(index, tensors[name].size(dim)).to(tensors[name].device)
+            for name in layers.values()
+            for dim, index in self.kept[name].items()
+            if dim < 2 and (name, dim) not in self.unmasked
+        }
+
         def without(name: str, dim: int, channels: Tensor) -> Tensor:
             """Channels of a layer, zero where its weight has nothing left along a dimension."""
-            index = self.kept[name].get(dim)
-            if index is None or (name, dim) in self.unmasked:
+            index = gone.get((name, dim))
+            if index is None:
                 return channels
-            weight = tensors[name]
-            return channels.index_fill(1 - weight.dim(), _gone(index, weight.size(dim)).to(channels.device), 0)
+            return channels.index_fill(1 - tensors[name].dim(), index, 0)
 
         def read(module: nn.Module, args: Any, kwargs: Any) -> Any:
             given = args[0] if args else kwargs["input"]
@@ -261,10 +267,11 @@ class _KeptNorms(OperationMode):
         if index is None:
             return func(*args, **kwargs)
         x, _, weight, *rest = args  # shapes (..., features), (features,)
-        index = index.to(x.device)
-        rest = [each[index] if isinstance(each, Tensor) else each for each in rest]
-        part, *statistics = func(x[..., index], [len(index)], weight[index], *rest)
-        return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part), *statistics
+        with torch._C.DisableTorchFunction():  # as in any operation
+            index = index.to(x.device)
+            rest = [each[index] if isinstance(each, Tensor) else each for each in rest]
+            part, *statistics = func(x[..., index], [len(index)], weight[index], *rest)
+            return torch.zeros_like(x, dtype=part.dtype).index_copy_(-1, index, part), *statistics
 
 
 def compare_shapes(expected: Any, actual: Any) -> None:
