@@ -561,6 +561,10 @@ def _draw(
     own = [bool(each.any()) for each in _at_leaves(trace, made)]
     makers = [some and not leaf.name.startswith(follows) for some, leaf in zip(own, trace.leaves, strict=True)]
 
+    given = torch.zeros(trace.book.count, dtype=torch.bool)
+    for labels, out in trace.passed:
+        given[solution.root[labels]] = out
+
     unit_of_root = torch.full((trace.book.count,), NO_UNIT)
     prunable, frozen, roots, start = [], [], [], 0
     for numbers, reason, mixing, components in families:
@@ -569,6 +573,8 @@ def _draw(
             Slice(leaf.name, leaf.dim, _role(leaf, makers[number]), places[number], components)
             for number, leaf in ((number, trace.leaves[number]) for number in numbers)
         )
+        if not reason and bool(given[components].any()):
+            reason = "is given to the training step, and to no layer from there"
         if reason or size < 2:
             frozen.append(Group(size, slices, reason or "the only one of its kind"))
             continue

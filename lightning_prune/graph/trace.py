@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +104,8 @@ class Trace:
         calls: The calls of the model, or of its parts, from outside.
         data_dependent: Whether shapes depended on values.
         followers: Paths of parts that lose what others lose, see `tie_copies`.
+        passed: Labels of what parts of the model gave to code outside any module, such as a training step (True), and
+            of what parts were given there (False), in order.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -123,6 +125,7 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     data_dependent: bool = False
     followers: set[str] = field(default_factory=set)
+    passed: list[tuple[Tensor, bool]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,12 @@ class Tracer:
     def _outermost_output(self, path: str, output: Any) -> None:
         if path == "":
             self.freeze_outputs(output, "reaches the model's output")
+            return
+        self._pass(tensors(output), True)
+
+    def _pass(self, through: Iterable[Tensor], out: bool) -> None:
+        for tensor in through:
+            self.trace.passed += [(labels, out) for labels in self._labels_of(tensor) if labels is not None]
 
     def _entered(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A layer without tensors may hold a width nonetheless, that of its input."""
@@ -264,6 +273,7 @@ class Tracer:
                 self.trace.attributes.setdefault(AttributeSite(path, "num_features"), []).append((labels, 1))
 
     def _is_outside(self, inputs: Any) -> bool:
+        self._pass(tensors(inputs), False)
         return not any(tensor in self._known for tensor in tensors(inputs))
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -289,6 +299,9 @@ class Tracer:
             branch = func is _aten._local_scalar_dense.default and tensor.dtype is torch.bool
             if known is not None and known.mixes and not branch:  # what Python branches on is not followed
                 self.trace.book.mixed.extend(known.mixes)
+        if not self._stack.paths and any(each.requires_grad and self._is_static(each) for each in inputs):
+            # The training step calculates with a parameter itself.
+            self._pass([each for each in inputs if not self._is_static(each)], False)
         if not _NO_SIZES.isdisjoint(func.tags):
             self.trace.data_dependent = True
         call = Call(

@@ -184,11 +184,16 @@ for name, op in (
     construct(name, conv_net(op, 8, 8, tail=True), SMALL)
 for name, op in (
     ("softmax_features", lambda x: x.softmax(-1)),
+    ("mse_mean", lambda x: x * F.mse_loss(x, torch.zeros_like(x))),
+    ("smooth_l1_mean", lambda x: x * F.smooth_l1_loss(x, x.cos(), beta=0.3)),
+    ("bce_sum", lambda x: x * F.binary_cross_entropy_with_logits(x, x.sigmoid(), reduction="sum") / 99),
     ("gumbel_like", lambda x: torch.softmax((x + 0.1) / 0.5, -1)),
 ):
     construct(name, linear_net(op, tail=True), tokens())
 for name, op in (
     ("softmax_tokens", lambda x: x.softmax(1)),
+    ("mse_sum", lambda x: x * F.mse_loss(x, x.square(), reduction="sum")),
+    ("huber_each", lambda x: F.huber_loss(x, x.square(), reduction="none", delta=0.4)),
     ("cumsum_tokens", lambda x: x.cumsum(1)),
     ("cummax_tokens", lambda x: x.cummax(1).values),
     ("cumprod_tokens", lambda x: (1 + x / 9).cumprod(1)),

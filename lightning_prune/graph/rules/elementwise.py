@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -203,6 +204,36 @@ def _is_real(tensor: Tensor) -> bool:
 
 def _samples(dtype: torch.dtype) -> Tensor:
     return torch.tensor(SAMPLES).to(dtype)
+
+
+def loss(call: Call) -> Dims:
+    """Two tensors index by index, then their sum, which leaves out what is zero, or mean, which mixes."""
+    at = [argument.name for argument in call.func._schema.arguments].index("reduction")
+    reduction = call.arg(at, "reduction", 1)
+    args, kwargs = (*call.args[:at], 0, *call.args[at + 1 :]), call.kwargs
+    if len(call.args) <= at:
+        args, kwargs = call.args, {**call.kwargs, "reduction": 0}
+    first, second = call.args[:2]
+    whole = first.new_empty(()).expand(torch.broadcast_shapes(first.shape, second.shape))
+    (dims,) = pointwise(replace(call, args=args, kwargs=kwargs, out=whole))
+    if reduction == 0:
+        return dims
+    for labels in dims:
+        if labels is not None and (reduction == 1 or call.book.is_filled(labels)):
+            call.mix(labels)
+    return ()
+
+
+aten_family(
+    loss,
+    [
+        "binary_cross_entropy_with_logits",
+        "huber_loss",
+        "mse_loss",
+        "smooth_l1_loss",
+        "soft_margin_loss",
+    ],
+)
 
 
 def like(call: Call) -> Dims:
