@@ -83,8 +83,9 @@ def _numbers(name: str, given: Sequence[Any], out: Any) -> tuple[Any, ...]:
 
 def _is_whole(tensor: Tensor) -> bool:
     """Whether this is one integer, such as ``torch.tensor(len(x))``."""
-    integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    return tensor.dim() == 0 and integer and tensor.device.type == "cpu"
+    if tensor.dim() or tensor.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False  # the last: one for each example
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def numbers_of(model: nn.Module, calls: Sequence[ModuleCall]) -> Numbers:

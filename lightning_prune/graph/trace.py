@@ -273,6 +273,7 @@ class Tracer:
                 self.trace.attributes.setdefault(AttributeSite(path, "num_features"), []).append((labels, 1))
 
     def _is_outside(self, inputs: Any) -> bool:
+        """Whether what a part of the model is given comes from outside the model; noted where it doesn't."""
         self._pass(tensors(inputs), False)
         return not any(tensor in self._known for tensor in tensors(inputs))
 
