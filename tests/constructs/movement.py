@@ -495,6 +495,7 @@ for _name, _op in (
     ("fake_quantize_tensor", lambda n, x: torch.fake_quantize_per_tensor_affine(x, n.scale[:1], n.zero[:1], -128, 127)),
     ("fake_quantize_channels", lambda n, x: per_channel(x.float(), n.scale.float(), n.zero, 1, -128, 127).double()),
     ("vmap", lambda n, x: torch.vmap(lambda each: F.softplus(each) * 2 - each)(x)),
+    ("vmap_numbered", lambda n, x: torch.vmap(lambda each, number: each * number)(x, torch.arange(len(x)))),
     (
         "vmap_product",
         lambda n, x: torch.vmap(lambda each: torch.einsum("chw,c->hw", each, n.weight))(x).unsqueeze(1) + x,
