@@ -562,8 +562,8 @@ def _draw(
     makers = [some and not leaf.name.startswith(follows) for some, leaf in zip(own, trace.leaves, strict=True)]
 
     given = torch.zeros(trace.book.count, dtype=torch.bool)
-    for labels, out in trace.passed:
-        given[solution.root[labels]] = out
+    for labels in trace.for_a_loss():
+        given[solution.root[labels]] = True
 
     unit_of_root = torch.full((trace.book.count,), NO_UNIT)
     prunable, frozen, roots, start = [], [], [], 0
@@ -574,7 +574,7 @@ def _draw(
             for number, leaf in ((number, trace.leaves[number]) for number in numbers)
         )
         if not reason and bool(given[components].any()):
-            reason = "is given to the training step, and to no layer from there"
+            reason = "is read by the training step, and by no layer from there"
         if reason or size < 2:
             frozen.append(Group(size, slices, reason or "the only one of its kind"))
             continue

@@ -13,29 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
 from lightning_prune.graph.run import run_calls
 
 __all__ = ["NumberRecorder", "Numbers", "numbers_of", "where_numbers_differ"]
 
-Numbers = list[tuple[str, str, tuple[Any, ...]]]
+Numbers = list[tuple[str, str, Sequence[Any]]]
 """Of each call that takes any: the function, the innermost running module, the numbers."""
 
 _ARITHMETIC = """
-    add addcdiv addcmul atan2 clamp clamp_max clamp_min clip copysign div divide fill float_power floor_divide floordiv
-    fmax fmin fmod full full_like hypot iadd idiv ifloordiv imod imul ipow isub itruediv ldexp lerp masked_fill maximum
-    minimum mod mul multiply new_full pow radd rdiv remainder rfloordiv rmod rmul rpow rsub rtruediv sub subtract
-    threshold true_divide truediv where xlogy
+    add addbmm addcdiv addcmul addmm addmv addr atan2 baddbmm bfloat16 celu clamp clamp_max clamp_min clip copysign
+    div divide double elu fill float float_power floor_divide floordiv fmax fmin fmod full full_like half hardshrink
+    hardtanh hypot iadd idiv ifloordiv imod imul ipow isub itruediv ldexp leaky_relu lerp masked_fill max
+    maximum min minimum mod mul multiply nan_to_num new_full pad pow radd rdiv remainder rfloordiv rmod rmul rpow rsub
+    rtruediv softplus softshrink sub subtract threshold to true_divide truediv type type_as where xlogy
 """
 ARITHMETIC = frozenset(_ARITHMETIC.split())
 """Names of functions whose integers are neither sizes nor places, without underscores around them."""
 
-MADE_OF_LISTS = frozenset({"as_tensor", "new_tensor", "tensor"})
-"""Names of functions that make tensors of the numbers in a list."""
+MAKERS = frozenset({"as_tensor", "new_tensor", "scalar_tensor", "tensor"})
+"""Names of functions that make tensors of numbers."""
 
-READS = frozenset({"item", "float", "tolist"})
+SMALL = 64
+"""Elements of the tensors of constants that are looked at."""
+
+READS = frozenset({"__array__", "__complex__", "__float__", "item", "numpy", "tolist"})
 """Names of functions that give what a tensor holds."""
 
 
@@ -62,28 +65,30 @@ class NumberRecorder(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self._read:
             return out
-        name = getattr(func, "__name__", "").strip("_")
-        if name in READS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        own = getattr(func, "__name__", "")
+        if own in READS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self._read = True
+        name = own.strip("_")
         numbers = _numbers(name, (*args, *kwargs.values()) if kwargs else args, out)
         if numbers:
             self.found.append((name, self._stack.path if self._stack else "", numbers))
         return out
 
 
-def _numbers(name: str, given: Sequence[Any], out: Any) -> tuple[Any, ...]:
+def _numbers(name: str, given: Sequence[Any], out: Any) -> Sequence[Any]:
     """The numbers that fractions are made with."""
-    if name in ARITHMETIC and isinstance(out, Tensor) and out.is_floating_point():
+    fractions = isinstance(out, Tensor) and out.is_floating_point()
+    if name in MAKERS:
+        return tuple(out.flatten().tolist()) if fractions and out.numel() <= SMALL else ()
+    if name in ARITHMETIC and fractions:
         wholes = (each.item() if isinstance(each, Tensor) and _is_whole(each) else each for each in given)
-        return tuple(each for each in wholes if isinstance(each, (int, float)))
-    if name in MADE_OF_LISTS:
-        given = tree_leaves(given)
-    return tuple([each for each in given if isinstance(each, float)])
+        return tuple(each for each in wholes if isinstance(each, (int, float, complex)))
+    return [each for each in given if isinstance(each, (float, complex))]
 
 
 def _is_whole(tensor: Tensor) -> bool:
     """Whether this is one integer, such as ``torch.tensor(len(x))``."""
-    if tensor.dim() or tensor.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor.numel() != 1 or tensor.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False  # the last: one for each example
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 

@@ -38,6 +38,7 @@ class SizedFunction:
         infers: Whether one size may be left to torch, as -1: it may be a multiple of the batch.
         picked: Lists of indices that the call picks, by place: of which dimension, and which. Such a list is written
             like a size; ``read`` gives a tuple for a list and the tensor itself for a tensor.
+        computes: Whether the call asks for a number of equal pieces, so that no size is written in it.
     """
 
     functions: tuple[Callable[..., Any], ...]
@@ -48,6 +49,7 @@ class SizedFunction:
     together: bool = False
     infers: bool = False
     picked: Callable[[tuple[Any, ...], dict[str, Any]], dict[int, tuple[int, Tensor]]] | None = None
+    computes: bool = False
 
 
 def _is_size(item: Any) -> bool:
@@ -183,7 +185,7 @@ def _pieces(
         sized = ((labels, piece.size(dim)) for labels, piece in zip(found, result, strict=True))
         return {at: torch.full((size,), FIXED) if labels is None else labels for at, (labels, size) in enumerate(sized)}
 
-    return SizedFunction(functions, read, write, extents, picks=True, together=True)
+    return SizedFunction(functions, read, write, extents, picks=True, together=True, computes=kind == "chunks")
 
 
 # -- functions with bounds ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -104,8 +104,9 @@ class Trace:
         calls: The calls of the model, or of its parts, from outside.
         data_dependent: Whether shapes depended on values.
         followers: Paths of parts that lose what others lose, see `tie_copies`.
-        passed: Labels of what parts of the model gave to code outside any module, such as a training step (True), and
-            of what parts were given there (False), in order.
+        given: Labels of each tensor that a part of the model gave to code outside any module, such as a training step.
+        lost: Which of these were read there, by a loss say.
+        read_on: Which of these a layer was given, or what was made of them.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -125,7 +126,13 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     data_dependent: bool = False
     followers: set[str] = field(default_factory=set)
-    passed: list[tuple[Tensor, bool]] = field(default_factory=list)
+    given: list[list[Tensor]] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)
+    read_on: set[int] = field(default_factory=set)
+
+    def for_a_loss(self) -> list[Tensor]:
+        """Labels of what is given out of the model, and read there, and given to no layer."""
+        return [labels for number in self.lost - self.read_on for labels in self.given[number]]
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,8 @@ class _Known:
     static: bool
     mixes: tuple[tuple[Tensor, str], ...] = ()
     sizes: dict[int, Tensor] = field(default_factory=dict)
+    origins: frozenset[int] = frozenset()
+    """Outside of all modules: the tensors out of the model that it was made of, as they are numbered in a trace."""
     gradient: bool = False
     """Whether it was made of gradients: what becomes of these is no part of the model's function."""
 
@@ -155,6 +164,10 @@ class _Dispatch(OperationMode):
         out = func(*args, **kwargs)
         self.tracer.follow(func, args, kwargs, out)
         return out
+
+
+def _labelled(dims: Dims) -> int:
+    return sum(labels is not None for labels in dims)
 
 
 class Tracer:
@@ -257,11 +270,15 @@ class Tracer:
         if path == "":
             self.freeze_outputs(output, "reaches the model's output")
             return
-        self._pass(tensors(output), True)
+        for tensor in tensors(output):
+            known = self._known.get(tensor)
+            if known is not None and not known.static:
+                self._known[tensor] = replace(known, origins=frozenset([len(self.trace.given)]))
+                self.trace.given.append([labels for labels in known.dims if labels is not None])
 
-    def _pass(self, through: Iterable[Tensor], out: bool) -> None:
-        for tensor in through:
-            self.trace.passed += [(labels, out) for labels in self._labels_of(tensor) if labels is not None]
+    def _origins(self, inputs: Iterable[Tensor]) -> frozenset[int]:
+        known = (self._known.get(tensor) for tensor in inputs)
+        return frozenset().union(*(each.origins for each in known if each is not None))
 
     def _entered(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A layer without tensors may hold a width nonetheless, that of its input."""
@@ -274,7 +291,7 @@ class Tracer:
 
     def _is_outside(self, inputs: Any) -> bool:
         """Whether what a part of the model is given comes from outside the model; noted where it doesn't."""
-        self._pass(tensors(inputs), False)
+        self.trace.read_on |= self._origins(tensors(inputs))
         return not any(tensor in self._known for tensor in tensors(inputs))
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -300,9 +317,6 @@ class Tracer:
             branch = func is _aten._local_scalar_dense.default and tensor.dtype is torch.bool
             if known is not None and known.mixes and not branch:  # what Python branches on is not followed
                 self.trace.book.mixed.extend(known.mixes)
-        if not self._stack.paths and any(each.requires_grad and self._is_static(each) for each in inputs):
-            # The training step calculates with a parameter itself.
-            self._pass([each for each in inputs if not self._is_static(each)], False)
         if not _NO_SIZES.isdisjoint(func.tags):
             self.trace.data_dependent = True
         call = Call(
@@ -326,8 +340,21 @@ class Tracer:
                 call.freeze_all(f"the rule of {func} raised {type(error).__name__}: {error} ({call})")
         elif func.namespace not in _COLLECTIVES:  # those of DDP change no shape
             call.freeze_all(f"no rule for {func} ({call})")
-        self._note(call, result, static, gradients)
+        origins = frozenset[int]() if self._stack.paths else self._read_outside(inputs, result)
+        self._note(call, result, static, gradients, origins)
         self._count(call)
+
+    def _read_outside(self, inputs: list[Tensor], result: Any) -> frozenset[int]:
+        """Note what an operation outside of all modules reads of what came out of them; all that it is made of."""
+        origins = self._origins(inputs)
+        if not origins:
+            return origins
+        if any(each.requires_grad and self._is_static(each) for each in inputs):  # with a parameter, as a layer does
+            self.trace.read_on |= origins
+        if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):  # else no loss is made of it
+            left = max(_labelled(dims) for dims in (result if isinstance(result, list) else [result or ()]) or [()])
+            self.trace.lost |= self._origins(each for each in inputs if left < _labelled(self._labels_of(each)))
+        return origins
 
     def _is_on_gradients(self, inputs: list[Tensor]) -> bool:
         """Whether a call works on gradients, and on parameters and numbers at most beside."""
@@ -360,7 +387,7 @@ class Tracer:
             if id(tensor) not in self._names:
                 self._known[tensor] = _Known(alike[0] if alike else (None,) * tensor.dim(), False, gradient=True)
 
-    def _note(self, call: Call, result: Any, static: bool, gradient: bool) -> None:
+    def _note(self, call: Call, result: Any, static: bool, gradient: bool, origins: frozenset[int]) -> None:
         """Keep what a rule said of the outputs, and what it said of the arguments."""
         if call.sizes and not self._patchable:
             for labels in call.sizes.values():
@@ -380,7 +407,7 @@ class Tracer:
         for at, tensor in enumerate(outs):
             dims = all_dims[at] if at < len(all_dims) else (None,) * tensor.dim()
             if static or call.mixes or any(labels is not None for labels in dims):
-                self._known[tensor] = _Known(dims, static, tuple(call.mixes), call.sizes, gradient)
+                self._known[tensor] = _Known(dims, static, tuple(call.mixes), call.sizes, origins, gradient)
             elif tensor in self._known:  # written into
                 self._known[tensor] = _Known(dims, False)
 
@@ -505,7 +532,7 @@ class Tracer:
             extents = {} if known is None else known.sizes
         else:
             extents = kind.extents(self._labels_of, args, kwargs, result)
-        if not extents:
+        if not extents or (site is None and kind.computes):
             return
         given = kind.read(args, kwargs)
         for place, labels in extents.items():

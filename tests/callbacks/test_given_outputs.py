@@ -41,6 +41,13 @@ def contrast(module: Any, x: Tensor) -> Tensor:
     return F.cross_entropy(z @ z.T, torch.arange(len(x)))
 
 
+def probed_last(module: Any, x: Tensor) -> Tensor:
+    z = module.net(x)
+    with torch.no_grad():
+        target = module.teacher(x)
+    return F.mse_loss(z, target) + module.head(z).square().mean()
+
+
 BY_LOSS: dict[str, Loss] = {
     "mse": lambda m, x: F.mse_loss(m.net(x), m.teacher(x)),
     "smooth_l1": lambda m, x: F.smooth_l1_loss(m.net(x), m.teacher(x)),
@@ -48,6 +55,8 @@ BY_LOSS: dict[str, Loss] = {
     "cosine": lambda m, x: 1 - F.cosine_similarity(m.net(x), m.teacher(x)).mean(),
     "divergence": lambda m, x: F.kl_div(m.net(x).log_softmax(1), m.teacher(x).softmax(1), reduction="batchmean"),
     "contrast": contrast,
+    "probed_first": lambda m, x: m.head(m.net(x)).square().mean() + F.mse_loss(m.net(x), m.teacher(x)),
+    "probed_last": probed_last,
     "predicted": lambda m, x: F.mse_loss(m.head(m.net(x)), m.teacher(x)),
 }
 
@@ -59,10 +68,27 @@ def test_what_only_the_loss_reads_keeps_its_width(name: str) -> None:
     fit(module, pruning, max_epochs=2)
     assert (module.net[0].out_features, module.net[2].out_features) == (8, 8)
     assert module.teacher[2].out_features == module.head[2].out_features == 8
-    assert "is given to the training step, and to no layer from there" in pruning.plan_.frozen.values()
+    assert "is read by the training step, and by no layer from there" in pruning.plan_.frozen.values()
+
+
+def unused(module: Any, x: Tensor) -> Tensor:
+    """What comes out last is read by nobody, not even by the loss."""
+    loss, z = torch.zeros(()), module.net(x)
+    for _ in range(2):
+        loss = loss + module.head(z).square().mean()
+        z = module.net(x).tanh() + z
+    return loss
+
+
+def logged(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        module.last = module.net(x).norm()
+    return module.head(module.net(x)).square().mean()  # type: ignore[no-any-return]
 
 
 READ_ON: dict[str, Loss] = {
+    "unused": unused,
+    "logged": logged,
     "layer": lambda m, x: m.head(m.net(x)).square().mean(),
     "flattened": lambda m, x: m.head(m.net(x).unsqueeze(-1).flatten(1)).square().mean(),
     "parameter": lambda m, x: (m.net(x) @ m.table).square().mean(),
@@ -75,5 +101,5 @@ def test_what_the_training_step_hands_on_to_a_layer_shrinks(name: str) -> None:
     module = seeded(lambda: Given(READ_ON[name]))
     fit(module, NeuronPruning(0.5, scope="layer", report=False), max_epochs=2)
     assert (module.net[0].out_features, module.net[2].out_features) == (8, 4)
-    assert len(module.table) == (8 if name in ("layer", "flattened") else 4)
+    assert len(module.table) == (4 if name in ("parameter", "function") else 8)
     assert module.head[2].out_features == 8

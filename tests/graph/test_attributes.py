@@ -324,6 +324,16 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "times_nothing": lambda x: x + 0 * x / int(x.size(1)),
     "whole": lambda x: x.clamp(max=torch.tensor(10 * int(x.size(1)))),
     "filled": lambda x: x.clamp(max=torch.full((1,), 10.0 * int(x.size(1)))),
+    "list": lambda x: x.clamp(max=torch.tensor([10 * int(x.size(1))])),
+    "converted": lambda x: x.clamp(max=torch.tensor(10 * int(x.size(1))).to(x)),
+    "doubled": lambda x: torch.min(x, torch.tensor(10 * int(x.size(1))).double().sqrt()),
+    "typed": lambda x: x.clamp(max=torch.tensor(10 * int(x.size(1)), dtype=x.dtype)),
+    "array": lambda x: x.clamp(max=torch.tensor(np.array([10.0 * x.size(1)]))),
+    "scalar": lambda x: x.clamp(max=torch.scalar_tensor(10 * int(x.size(1)))),
+    "hardtanh": lambda x: F.hardtanh(x, -10 * int(x.size(1)), 10 * int(x.size(1))),
+    "slope": lambda x: F.leaky_relu(x.abs(), int(x.size(1))),
+    "upcast_before": lambda x: x.float().to(x).clamp(max=10.0 * int(x.size(1))),
+    "complex": lambda x: x + 0 * (x * complex(0, 1 / int(x.size(1)))).imag,
 }
 
 
@@ -341,8 +351,10 @@ def test_a_calculation_that_the_example_inputs_do_not_show_is_found_as_well(name
         lambda x: x[:, torch.arange(x.size(1)).flip(0) + 0 * x.size(1)],
         lambda x: x.clamp(max=x.abs().sum().item()) / (1.0 + float(x.abs().sum())),
         lambda x: x * x.new_full((x.size(1),), 0.5),
+        lambda x: x.clamp(max=float(x.detach().numpy().sum() ** 2) + 10),
+        lambda x: x.clamp(max=10 + np.asarray(x.detach()).sum() ** 2),
     ],
-    ids=["places", "of_values", "of_its_size"],
+    ids=["places", "of_values", "of_its_size", "by_numpy", "as_array"],
 )
 def test_numbers_that_may_differ_are_not_taken_for_sizes(same: Callable[[Tensor], Tensor]) -> None:
     plan = prune_neurons(between(same), inputs((3,)), 0.5, exact_only=True)
