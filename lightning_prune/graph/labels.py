@@ -222,10 +222,10 @@ class LabelBook:
         stay, mix = self._among(labels for labels, _ in self.frozen), self._among(labels for labels, _ in self.mixed)
         useless = list(self.avoided)
         while True:
-            chosen = self._choose(base, useless, stay, mix)
+            chosen, others = self._choose(base, useless, stay, mix)
             equal, frozen = self._facts_of(base, chosen)
             root = _components(self.count, equal, base) if equal else base
-            idle = self._idle(root, chosen, stay)
+            idle = self._idle(root, chosen, others, stay)
             if not idle:
                 break
             useless += idle
@@ -256,15 +256,19 @@ class LabelBook:
             found[labels] = True
         return found.nonzero().squeeze(1)
 
-    def _choose(self, root: Tensor, useless: Sequence[Tensor], stay: Tensor, mix: Tensor) -> list[int | None]:
-        """For every box the axis whose indices can go; ``stay`` and ``mix`` are labels that do.
+    def _choose(
+        self, root: Tensor, useless: Sequence[Tensor], stay: Tensor, mix: Tensor
+    ) -> tuple[list[int | None], list[bool]]:
+        """For every box the axis whose indices can go, and whether another could.
+
+        ``stay`` and ``mix`` are labels that do.
 
         Axes that share labels (the heads of queries, keys and values) are one choice for all boxes, and so are those of
         boxes with the same cells (what was merged is split again). An axis that nothing mixes is preferred, then the
         outer one: heads before head size, whose removal would change the scale of attention.
         """
         if not self.boxes:
-            return []
+            return [], []
         stuck = torch.zeros(self.count, dtype=torch.bool)
         stuck[root[stay]] = True
         stuck[root[FIXED]] = True
@@ -295,13 +299,15 @@ class LabelBook:
         for own in parts:
             for place, part in enumerate(own):
                 first.setdefault(part, place)
+        hopeless = set(blocked)
         taken: set[int] = set()
         for part in sorted(first, key=lambda part: (part in mixing, first[part])):
             if part not in blocked:
                 taken.add(part)
                 for other in boxes_of[part]:  # a part beside a chosen one stays
                     blocked.update(each for each in parts[other] if each != part)
-        return [next((axis for axis, part in enumerate(own) if part in taken), None) for own in parts]
+        others = [any(part not in hopeless and part not in taken for part in own) for own in parts]
+        return [next((axis for axis, part in enumerate(own) if part in taken), None) for own in parts], others
 
     def _alike(self, root: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The axes, in pairs, of boxes that lay out the same cells alike."""
@@ -327,22 +333,27 @@ class LabelBook:
                     shape = [-1 if dim == axis else 1 for dim in range(box.cells.dim())]
                     equal.append((box.cells.flatten(), labels.view(shape).expand_as(box.cells).flatten()))
                 else:
-                    frozen.append((labels, ""))
+                    frozen.append((labels, "" if choice is not None else f"is part of one dimension ({box.where})"))
             if choice is None:
                 frozen.append((box.cells.flatten(), f"splits a prunable dimension ({box.where})"))
         return equal, frozen
 
-    def _idle(self, root: Tensor, chosen: Sequence[int | None], stay: Tensor) -> list[Tensor]:
-        """Chosen axes whose indices all hang together, or all stay, where the box has another axis to try."""
+    def _idle(self, root: Tensor, chosen: Sequence[int | None], others: Sequence[bool], stay: Tensor) -> list[Tensor]:
+        """Chosen axes whose indices all hang together, or all stay, where the box has another axis to try.
+
+        One bad choice makes others useless that are tied to it: first go those beside which another axis may do.
+        """
         frozen = torch.zeros(self.count, dtype=torch.bool)
         frozen[root[stay]] = True
-        found = []
-        for box, choice in zip(self.boxes, chosen, strict=True):
+        found, instead = [], []
+        for box, choice, other in zip(self.boxes, chosen, others, strict=True):
             if choice is not None and len(box.axes) > 1:
                 roots = root[box.axes[choice]]
                 if bool((roots == roots[0]).all()) or bool(frozen[roots].all()):
                     found.append(box.axes[choice])
-        return found
+                    if other:
+                        instead.append(box.axes[choice])
+        return instead or found
 
     def avoid(self, axes: Sequence[Tensor]) -> bool:
         """State that these axes of boxes are no good choice; False if that is known already."""

@@ -1080,16 +1080,20 @@ class EinsumExperts(nn.Module):
 
     SHAPES = {"edh": (3, 8, 6), "ehd": (3, 6, 8), "dhe": (8, 6, 3)}
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, best: int = 3) -> None:
         super().__init__()
-        self.how, self.gate = how, nn.Linear(8, 3)
+        self.how, self.best, self.gate = how, best, nn.Linear(8, 3)
         self.w_in = nn.Parameter(torch.randn(self.SHAPES[how]) / 3)
         self.b_in = nn.Parameter(torch.randn(3, 6) / 3)
         self.w_out = nn.Parameter(torch.randn(3, 6, 8) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(torch.einsum(f"bnd,{self.how}->bneh", x, self.w_in) + self.b_in)
-        return torch.einsum("bneh,ehd,bne->bnd", hidden, self.w_out, self.gate(x).softmax(-1))
+        weights = self.gate(x).softmax(-1)
+        if self.best < 3:
+            chosen, which = weights.topk(self.best, -1)
+            weights = torch.zeros_like(weights).scatter(-1, which, chosen)
+        return torch.einsum("bneh,ehd,bne->bnd", hidden, self.w_out, weights)
 
 
 class SwitchRouting(nn.Module):
@@ -1166,6 +1170,7 @@ for _how in ("loop", "einsum", "stack"):
 construct("experts_batched", lambda: BetweenLinear(BatchedExperts()), TOKENS)
 for _how in EinsumExperts.SHAPES:
     construct(f"experts_einsum_{_how}", lambda how=_how: BetweenLinear(EinsumExperts(how)), TOKENS)
+    construct(f"experts_einsum_{_how}_best", lambda how=_how: BetweenLinear(EinsumExperts(how, 2)), TOKENS)
 construct("experts_switch", lambda: BetweenLinear(SwitchRouting()), TOKENS)
 construct("experts_top_k", lambda: BetweenLinear(TopK()), TOKENS)
 construct("experts_hard_gate", lambda: BetweenLinear(HardGate(), out=6), vector(5))

@@ -586,7 +586,7 @@ def test_experts_in_one_call_lose_their_hidden_features() -> None:
         torch.testing.assert_close(model(batch), dense(batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["edh", "ehd", "dhe"])
+@pytest.mark.parametrize("how", ["edh", "ehd", "dhe", "edh_best", "ehd_best", "dhe_best"])
 def test_experts_of_an_einsum_lose_their_hidden_features(how: str) -> None:
     model = CONSTRUCTS[f"experts_einsum_{how}"].build()
     hidden = [g for g in find_groups(model, torch.rand(2, 6, 5)).prunable if g.size == 6]
