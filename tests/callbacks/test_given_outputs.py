@@ -91,6 +91,7 @@ READ_ON: dict[str, Loss] = {
     "logged": logged,
     "layer": lambda m, x: m.head(m.net(x)).square().mean(),
     "flattened": lambda m, x: m.head(m.net(x).unsqueeze(-1).flatten(1)).square().mean(),
+    "chunks": lambda m, x: m.head(torch.cat([each.tanh() for each in m.net(x).chunk(2, 1)], 1)).square().mean(),
     "parameter": lambda m, x: (m.net(x) @ m.table).square().mean(),
     "function": lambda m, x: F.linear(m.net(x), m.table.T).square().mean(),
 }
