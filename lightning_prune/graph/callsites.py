@@ -181,7 +181,14 @@ class ModuleStack:
     outermost: list[ModuleCall] = field(default_factory=list)
     calls: dict[tuple[str, str], int] = field(default_factory=dict)
     """The most calls of each function in one run of each module."""
+    owners: set[str] = field(default_factory=set)
+    """Paths of the modules that hold parameters, or have some below them: no losses, metrics or dropouts."""
     _running: list[tuple[str | None, dict[str, int]]] = field(default_factory=list)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a module with parameters is running."""
+        return any(path in self.owners for path, _ in self._running)
 
     @property
     def running(self) -> bool:
@@ -226,7 +233,7 @@ class ModuleStack:
         # Running a metric or a loss again would tell nothing, and count an example twice.
         holders = [path for module, path in paths.items() if any(p is not None for p in module._parameters.values())]
         above = {path[:end] for path in holders for end in (*_ends(path), len(path))} | ({""} if holders else set())
-        owners = {module for module, path in paths.items() if path in above}
+        self.owners = set(above)
         entered: list[nn.Module] = []
 
         @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -237,7 +244,7 @@ class ModuleStack:
             # one call; such a call is not the module's own forward and can't be repeated as one.
             redirected = isinstance(module.__dict__.get("forward"), FunctionType)
             path = None if redirected or in_backward() else paths[module]
-            if module in owners and path is not None and all(other is None for other, _ in self._running):
+            if path is not None and path in above and all(other is None for other, _ in self._running):
                 self.outermost.append(self._note(path, args, kwargs))
             self._running.append((path, {}))
             entered.append(module)

@@ -144,7 +144,7 @@ class _Known:
     mixes: tuple[tuple[Tensor, str], ...] = ()
     sizes: dict[int, Tensor] = field(default_factory=dict)
     origins: frozenset[int] = frozenset()
-    """Outside of all modules: the tensors out of the model that it was made of, as they are numbered in a trace."""
+    """Outside of all layers: the tensors out of the model that it was made of, as they are numbered in a trace."""
     gradient: bool = False
     """Whether it was made of gradients: what becomes of these is no part of the model's function."""
 
@@ -270,7 +270,7 @@ class Tracer:
         if path == "":
             self.freeze_outputs(output, "reaches the model's output")
             return
-        for tensor in tensors(output):
+        for tensor in tensors(output) if path in self._stack.owners else ():
             known = self._known.get(tensor)
             if known is not None and not known.static:
                 self._known[tensor] = replace(known, origins=frozenset([len(self.trace.given)]))
@@ -340,12 +340,12 @@ class Tracer:
                 call.freeze_all(f"the rule of {func} raised {type(error).__name__}: {error} ({call})")
         elif func.namespace not in _COLLECTIVES:  # those of DDP change no shape
             call.freeze_all(f"no rule for {func} ({call})")
-        origins = frozenset[int]() if self._stack.paths else self._read_outside(inputs, result)
+        origins = frozenset[int]() if self._stack.inside else self._read_outside(inputs, result)
         self._note(call, result, static, gradients, origins)
         self._count(call)
 
     def _read_outside(self, inputs: list[Tensor], result: Any) -> frozenset[int]:
-        """Note what an operation outside of all modules reads of what came out of them; all that it is made of."""
+        """Note what an operation outside of all layers reads of what came out of them; all that it is made of."""
         origins = self._origins(inputs)
         if not origins:
             return origins

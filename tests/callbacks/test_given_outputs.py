@@ -27,7 +27,7 @@ class Given(Task):
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
         self.head = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
         self.table = nn.Parameter(torch.rand(8, 5))
-        self.loss = loss
+        self.loss, self.criterion, self.dropout = loss, nn.MSELoss(), nn.Dropout(0.1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.loss(self, batch[0])
@@ -50,6 +50,8 @@ def probed_last(module: Any, x: Tensor) -> Tensor:
 
 BY_LOSS: dict[str, Loss] = {
     "mse": lambda m, x: F.mse_loss(m.net(x), m.teacher(x)),
+    "module": lambda m, x: m.criterion(m.net(x), m.teacher(x)),
+    "module_behind_dropout": lambda m, x: m.criterion(m.dropout(m.net(x)), m.teacher(x)),
     "smooth_l1": lambda m, x: F.smooth_l1_loss(m.net(x), m.teacher(x)),
     "square": lambda m, x: (m.net(x) - m.teacher(x)).square().mean(),
     "cosine": lambda m, x: 1 - F.cosine_similarity(m.net(x), m.teacher(x)).mean(),
@@ -90,6 +92,7 @@ READ_ON: dict[str, Loss] = {
     "unused": unused,
     "logged": logged,
     "layer": lambda m, x: m.head(m.net(x)).square().mean(),
+    "dropout": lambda m, x: m.head(m.dropout(m.net(x))).square().mean(),
     "flattened": lambda m, x: m.head(m.net(x).unsqueeze(-1).flatten(1)).square().mean(),
     "chunks": lambda m, x: m.head(torch.cat([each.tanh() for each in m.net(x).chunk(2, 1)], 1)).square().mean(),
     "parameter": lambda m, x: (m.net(x) @ m.table).square().mean(),
