@@ -232,8 +232,9 @@ class ModuleStack:
         paths = {module: path for path, module in modules_of(self.model).items()}
         # Running a metric or a loss again would tell nothing, and count an example twice.
         holders = [path for module, path in paths.items() if any(p is not None for p in module._parameters.values())]
-        above = {path[:end] for path in holders for end in (*_ends(path), len(path))} | ({""} if holders else set())
-        self.owners = set(above)
+        self.owners = {path[:end] for path in holders for end in (*_ends(path), len(path))} | (
+            {""} if holders else set()
+        )
         entered: list[nn.Module] = []
 
         @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -244,7 +245,7 @@ class ModuleStack:
             # one call; such a call is not the module's own forward and can't be repeated as one.
             redirected = isinstance(module.__dict__.get("forward"), FunctionType)
             path = None if redirected or in_backward() else paths[module]
-            if path is not None and path in above and all(other is None for other, _ in self._running):
+            if path is not None and path in self.owners and all(other is None for other, _ in self._running):
                 self.outermost.append(self._note(path, args, kwargs))
             self._running.append((path, {}))
             entered.append(module)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.graph.callsites import ModuleCall, ModuleStack
+from lightning_prune.graph.operations import as_written
 from lightning_prune.graph.run import run_calls
 
 __all__ = ["NumberRecorder", "Numbers", "numbers_of", "where_numbers_differ"]
@@ -55,7 +56,16 @@ class NumberRecorder(TorchFunctionMode):
         """Take the stack of running modules, where these are to be told."""
         super().__init__()
         self.found: Numbers = []
-        self._stack, self._read = stack, False
+        self._stack, self._read, self._as_written = stack, False, as_written()
+
+    def __enter__(self) -> NumberRecorder:
+        self._as_written.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._as_written.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

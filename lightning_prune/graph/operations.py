@@ -12,9 +12,15 @@ from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["OperationMode"]
+__all__ = ["OperationMode", "as_written"]
 
 COMPILER = "torch._dynamo"
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Inside, compiled functions run as they are written: what is compiled can't be watched."""
+    # Where the compiler is not loaded nothing is compiled, and to load it takes long.
+    return torch.compiler.set_stance("force_eager") if COMPILER in sys.modules else nullcontext()
 
 
 class OperationMode(TorchDispatchMode):
@@ -31,8 +37,7 @@ class OperationMode(TorchDispatchMode):
         self._entered: list[AbstractContextManager[Any]] = []
 
     def __enter__(self) -> Any:
-        outermost = not self._entered and COMPILER in sys.modules  # else nothing is compiled, and to load it takes long
-        self._entered.append(torch.compiler.set_stance("force_eager") if outermost else nullcontext())
+        self._entered.append(nullcontext() if self._entered else as_written())
         self._entered[-1].__enter__()
         return TorchDispatchMode.__enter__(self)
 
