@@ -60,11 +60,11 @@ class NumberRecorder(TorchFunctionMode):
 
     def __enter__(self) -> NumberRecorder:
         self._as_written.__enter__()
-        super().__enter__()
+        TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        TorchFunctionMode.__exit__(self, *error)  # type: ignore[no-untyped-call]
         self._as_written.__exit__(*error)
 
     def __torch_function__(
