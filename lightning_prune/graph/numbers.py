@@ -60,11 +60,11 @@ class NumberRecorder(TorchFunctionMode):
 
     def __enter__(self) -> NumberRecorder:
         self._as_written.__enter__()
-        TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+        TorchFunctionMode.__enter__(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        TorchFunctionMode.__exit__(self, *error)  # type: ignore[no-untyped-call]
+        TorchFunctionMode.__exit__(self, *error)
         self._as_written.__exit__(*error)
 
     def __torch_function__(
